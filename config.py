@@ -1,0 +1,176 @@
+"""Settings: what an operator may set with `LANYARD_*` variables, typed and checked at start."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flask import current_app
+
+HERE = Path(__file__).resolve().parent
+VERSION = "0.1.0"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+DAY = 86_400
+
+
+class SettingError(Exception):
+    """A setting the server will not start with; its text is one sentence naming the variable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting, read once. Durations are seconds. `Settings.from_env` makes one."""
+
+    instance: Path
+    database_url: str
+    host: str
+    port: int
+    local: bool
+    admin_token: str | None = field(repr=False)
+    issuer: str
+    audience: str
+    access_token_ttl: int
+    refresh_token_ttl: int
+    signing_alg: str
+    bcrypt_cost: int
+    workers: int
+    threads: int
+    trusted_proxies: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Read `LANYARD_*` from `env`; raises SettingError for the first value that will not do."""
+        host = _host(env)
+        port = _whole(env, "PORT", 8080, 1, 65_535)
+        local = _flag(env, "LOCAL")
+        proxies = _whole(env, "TRUSTED_PROXIES", 0, 0, 10)
+        _check_local(local, host, proxies)
+        instance = Path(_read(env, "INSTANCE") or HERE / "instance").absolute()
+        issuer = _issuer(_read(env, "ISSUER") or f"http://localhost:{port}")
+        return cls(
+            instance=instance,
+            database_url=_database_url(env, instance),
+            host=host,
+            port=port,
+            local=local,
+            admin_token=_admin_token(env),
+            issuer=issuer,
+            audience=_audience(env, issuer),
+            access_token_ttl=_whole(env, "ACCESS_TOKEN_TTL", 3600, 1, DAY),
+            refresh_token_ttl=_whole(env, "REFRESH_TOKEN_TTL", 7 * DAY, 1, 30 * DAY),
+            signing_alg=_one_of(env, "SIGNING_ALG", ("RS256", "ES256", "EdDSA")),
+            bcrypt_cost=_whole(env, "BCRYPT_COST", 10, 4, 16),
+            workers=_whole(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
+            threads=_whole(env, "THREADS", 4, 1, 64),
+            trusted_proxies=proxies,
+        )
+
+    @property
+    def database_file(self) -> Path:
+        """Where the SQLite file is."""
+        return Path(self.database_url.removeprefix("sqlite:///"))
+
+
+def settings() -> Settings:
+    """The running app's settings."""
+    found: Settings = current_app.config["LANYARD"]
+    return found
+
+
+def unknown_names(env: Mapping[str, str] = os.environ) -> list[str]:
+    """`LANYARD_*` variables that are no setting: most likely misspelt."""
+    known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__}
+    return sorted(name for name in env if name.startswith("LANYARD_") and name not in known)
+
+
+def _read(env: Mapping[str, str], name: str) -> str:
+    # A variable set to nothing counts as not set: that is how shells and unit files unset one.
+    return env.get(f"LANYARD_{name}", "").strip()
+
+
+def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = _read(env, name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
+        raise SettingError(f"LANYARD_{name} must be a whole number from {low} to {high}, not {text!r}.")
+    return int(text)
+
+
+def _flag(env: Mapping[str, str], name: str) -> bool:
+    text = _read(env, name) or "0"
+    if text not in ("0", "1"):
+        raise SettingError(f"LANYARD_{name} must be 1 or 0, not {text!r}.")
+    return text == "1"
+
+
+def _one_of(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    text = _read(env, name) or choices[0]
+    if text not in choices:
+        raise SettingError(f"LANYARD_{name} must be one of {', '.join(choices)}, not {text!r}.")
+    return text
+
+
+def _host(env: Mapping[str, str]) -> str:
+    host = _read(env, "HOST") or "127.0.0.1"
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+", host):
+        raise SettingError(f"LANYARD_HOST must be an IP address or a host name, not {host!r}.")
+    return host
+
+
+def _check_local(local: bool, host: str, proxies: int) -> None:
+    if local and host != "127.0.0.1":
+        raise SettingError(
+            f"LANYARD_HOST must be 127.0.0.1 while LANYARD_LOCAL=1 opens the management API, not {host!r}."
+        )
+    if local and proxies:
+        raise SettingError(
+            "LANYARD_TRUSTED_PROXIES must be 0 while LANYARD_LOCAL=1: local mode answers no proxy."
+        )
+
+
+def _database_url(env: Mapping[str, str], instance: Path) -> str:
+    url = _read(env, "DATABASE_URL") or f"sqlite:///{instance / 'lanyard.db'}"
+    path = url.removeprefix("sqlite:///")
+    # In-memory databases are refused: every worker would have one of its own.
+    if path == url or path in ("", ":memory:") or "?" in path or not Path(path).is_absolute():
+        # The value is not repeated: it may hold a password.
+        raise SettingError("LANYARD_DATABASE_URL must be sqlite:/// and the absolute path of a file.")
+    return url
+
+
+def _admin_token(env: Mapping[str, str]) -> str | None:
+    token = _read(env, "ADMIN_TOKEN")
+    if token and not (len(token) >= 16 and token.isascii() and token.isprintable() and " " not in token):
+        raise SettingError(
+            "LANYARD_ADMIN_TOKEN must be at least 16 printable ASCII characters without spaces."
+        )
+    return token or None
+
+
+def _issuer(url: str) -> str:
+    """RFC 8414 §2: an https URL without query or fragment; plain http for this machine only."""
+    bad = SettingError(
+        "LANYARD_ISSUER must be an https URL without query or fragment"
+        f" (http is for localhost only), not {url!r}."
+    )
+    try:
+        parts = urlsplit(url)
+        secure = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK_NAMES)
+        whole = parts.hostname and parts.port != 0 and not parts.username
+    except ValueError:
+        raise bad from None
+    if not (secure and whole) or any(c in url for c in '?# \\"') or not (url.isascii() and url.isprintable()):
+        raise bad
+    return url
+
+
+def _audience(env: Mapping[str, str], issuer: str) -> str:
+    audience = _read(env, "AUDIENCE") or issuer
+    if not (audience.isascii() and audience.isprintable()) or " " in audience:
+        raise SettingError(
+            f"LANYARD_AUDIENCE must be a URI or a plain name without spaces, not {audience!r}."
+        )
+    return audience

@@ -1,0 +1,137 @@
+"""Make, hash and check secrets, and remember the ones already verified; knows no database."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+import zlib
+from base64 import urlsafe_b64encode
+from collections import OrderedDict
+from typing import NamedTuple
+
+import bcrypt
+from flask import Flask, current_app
+
+_EXTENSION = "lanyard.secrets"
+
+# cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
+_CLIENT_SECRET = re.compile(r"cs_([A-Za-z0-9_-]{8})[A-Za-z0-9_-]{43}([A-Za-z0-9_-]{6})")
+# rt_ + the family's name (128 random bits, 22) + 256 random bits (43).
+_REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
+
+
+def init_app(app: Flask, *, bcrypt_cost: int) -> None:
+    """Give the app its checker of client secrets."""
+    app.extensions[_EXTENSION] = SecretChecker(bcrypt_cost)
+
+
+def checker() -> SecretChecker:
+    """The running app's checker of client secrets."""
+    found: SecretChecker = current_app.extensions[_EXTENSION]
+    return found
+
+
+class NewSecret(NamedTuple):
+    """A client secret just made: its text, the public hint in it that names its row, its hash."""
+
+    text: str
+    hint: str
+    hash: bytes
+
+
+def new_client_id() -> str:
+    """A client id: `cid_` and 128 random bits."""
+    return "cid_" + secrets.token_urlsafe(16)
+
+
+def new_jti() -> str:
+    """A token id, RFC 7519 §4.1.7: 128 random bits."""
+    return secrets.token_urlsafe(16)
+
+
+def new_admin_token() -> str:
+    """An operator's token: 256 random bits."""
+    return secrets.token_urlsafe(32)
+
+
+def client_secret_hint(text: str) -> str | None:
+    """The hint of a well-formed client secret, or None: a malformed one is not worth a hash."""
+    match = _CLIENT_SECRET.fullmatch(text)
+    if match is None or match[2] != _checksum(text[:-6]):
+        return None
+    return match[1]
+
+
+def new_refresh_token(family_id: str | None = None) -> str:
+    """A refresh token of the family named, or the first of a new one."""
+    return f"rt_{family_id or secrets.token_urlsafe(16)}{secrets.token_urlsafe(32)}"
+
+
+def refresh_token_family(text: str) -> str | None:
+    """The id of the family a well-formed refresh token belongs to, or None."""
+    match = _REFRESH_TOKEN.fullmatch(text)
+    return match[1] if match else None
+
+
+def digest(text: str) -> bytes:
+    """What is stored of a refresh token: it is 256 random bits, so a plain SHA-256 guards it."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two secrets are equal, in constant time whatever their lengths."""
+    return hmac.compare_digest(digest(one), digest(other))
+
+
+def _checksum(body: str) -> str:
+    return urlsafe_b64encode(zlib.crc32(body.encode()).to_bytes(4, "big")).decode().rstrip("=")
+
+
+class SecretChecker:
+    """Hashes client secrets with bcrypt and remembers, in this process, which ones matched.
+
+    bcrypt takes tens of milliseconds, so a secret that matched a stored hash once is known again by
+    a keyed digest of it. The caller reads the stored hash from the database at every request: a
+    hash that is gone cannot be asked about, so a rotated secret is dead at once in every worker.
+    Failures are never remembered.
+    """
+
+    def __init__(self, cost: int, size: int = 16_384) -> None:
+        self._cost = cost
+        self._size = size
+        self._key = secrets.token_bytes(32)
+        self._verified: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+        # A hash nothing matches, checked for unknown clients so that they cost what known ones do.
+        self._decoy = bcrypt.gensalt(cost) + b"." * 31
+
+    def make(self) -> NewSecret:
+        """A client secret: `cs_`, an 8-character hint, 256 random bits and a checksum; 60 bytes."""
+        hint = secrets.token_urlsafe(6)
+        body = f"cs_{hint}{secrets.token_urlsafe(32)}"
+        text = body + _checksum(body)
+        return NewSecret(text, hint, bcrypt.hashpw(text.encode(), bcrypt.gensalt(self._cost)))
+
+    def check(self, secret: str, stored: bytes | None) -> bool:
+        """Whether `secret` is the one hashed as `stored`; None (no such row) takes as long as a wrong one."""
+        if stored is None:
+            bcrypt.checkpw(secret.encode(), self._decoy)
+            return False
+        keyed = hashlib.blake2b(secret.encode(), key=self._key, digest_size=32).digest()
+        with self._lock:
+            known = self._verified.get(stored)
+        if known is not None and hmac.compare_digest(known, keyed):
+            return True
+        if not bcrypt.checkpw(secret.encode(), stored):
+            return False
+        self._remember(stored, keyed)
+        return True
+
+    def _remember(self, stored: bytes, keyed: bytes) -> None:
+        with self._lock:
+            self._verified[stored] = keyed
+            while len(self._verified) > self._size:
+                self._verified.popitem(last=False)

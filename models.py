@@ -1,0 +1,309 @@
+"""The tables, their constraints, and SQLite's ways: pragmas, transactions, the first start."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from config import Settings
+
+# Locked by another process, read-only, failing, full, or not to be opened.
+_PASSING = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+}
+BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
+
+
+class Moment(sa.TypeDecorator[datetime]):
+    """An aware UTC datetime, kept as whole seconds since 1970."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """To the database."""
+        return None if value is None else int(value.timestamp())
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """From the database."""
+        return None if value is None else datetime.fromtimestamp(value, UTC)
+
+
+class Words(sa.TypeDecorator[list[str]]):
+    """A list of strings without spaces, kept as OAuth writes scopes: joined by single spaces."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> str | None:
+        """To the database."""
+        return None if value is None else " ".join(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> list[str] | None:
+        """From the database."""
+        return None if value is None else value.split()
+
+
+class Base(DeclarativeBase):
+    """What all tables share: names for every constraint, so that migrations can speak of them."""
+
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {
+        datetime: Moment,
+        list[str]: Words,
+        dict[str, str]: sa.JSON,
+        dict[str, Any]: sa.JSON(none_as_null=True),
+    }
+
+
+# What a commit wrote stays readable after it, so that an answer costs no second read.
+db = SQLAlchemy(metadata=Base.metadata, session_options={"expire_on_commit": False})
+
+
+class Agent(Base):
+    """A registered agent: an OAuth client that acts for itself."""
+
+    __tablename__ = "agents"
+    # AUTOINCREMENT: a deleted agent's number, which pages are keyed by, is never given again.
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(sa.String(36), unique=True)
+    client_id: Mapped[str] = mapped_column(sa.String(26), unique=True)
+    name: Mapped[str]
+    description: Mapped[str | None]
+    owner: Mapped[str | None]
+    scopes: Mapped[list[str]]
+    audiences: Mapped[list[str]]
+    metadata_: Mapped[dict[str, str]] = mapped_column("metadata")
+    is_active: Mapped[bool] = mapped_column(default=True)
+    # Goes up whenever all tokens must die; a token made under an older number is dead.
+    token_version: Mapped[int] = mapped_column(default=1)
+    token_ttl: Mapped[int | None]
+    rate_limit: Mapped[int | None]
+    token_endpoint_auth_method: Mapped[str]
+    jwks: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    token_count: Mapped[int] = mapped_column(default=0)
+    refresh_count: Mapped[int] = mapped_column(default=0)
+    last_activity_at: Mapped[datetime | None]
+    last_token_issued_at: Mapped[datetime | None]
+
+    def is_live(self, at: datetime) -> bool:
+        """Whether the agent may get and use tokens at that moment: switched on and not expired."""
+        return self.is_active and (self.expires_at is None or self.expires_at > at)
+
+    @classmethod
+    def live(cls, at: datetime) -> sa.ColumnElement[bool]:
+        """`is_live` as SQL."""
+        return sa.and_(cls.is_active, sa.or_(cls.expires_at.is_(None), cls.expires_at > at))
+
+
+def _agent_pk(**options: Any) -> Mapped[int]:
+    return mapped_column(sa.ForeignKey(Agent.pk, ondelete="CASCADE"), **options)
+
+
+class ClientSecret(Base):
+    """A client secret of an agent: its bcrypt hash, and the hint by which it is found."""
+
+    __tablename__ = "client_secrets"
+    __table_args__ = (sa.UniqueConstraint("agent_pk", "hint"),)
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(sa.String(36), unique=True)
+    agent_pk: Mapped[int] = _agent_pk()
+    hint: Mapped[str] = mapped_column(sa.String(8))
+    hash: Mapped[bytes]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+    @classmethod
+    def live(cls, at: datetime) -> sa.ColumnElement[bool]:
+        """Whether the secret works at that moment, as SQL."""
+        return sa.or_(cls.expires_at.is_(None), cls.expires_at > at)
+
+
+class RefreshFamily(Base):
+    """All refresh tokens that descend from one grant: only the newest one works.
+
+    A token names its family, so one row tells a good token (its hash is the row's) from one used
+    before (the row is there, the hash is another); a family that ended has no row.
+    """
+
+    __tablename__ = "refresh_families"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    id: Mapped[str] = mapped_column(sa.String(22), primary_key=True)
+    agent_pk: Mapped[int] = _agent_pk(index=True)
+    token_hash: Mapped[bytes]
+    token_version: Mapped[int]
+    scopes: Mapped[list[str]]
+    audiences: Mapped[list[str]]
+    issued_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    ends_at: Mapped[datetime]
+
+
+class UsageDay(Base):
+    """How many tokens an agent was given on a day (UTC)."""
+
+    __tablename__ = "usage_days"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    agent_pk: Mapped[int] = _agent_pk(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    tokens_issued: Mapped[int] = mapped_column(default=0)
+    tokens_refreshed: Mapped[int] = mapped_column(default=0)
+
+
+class Rotation(Base):
+    """A rotation of an agent's client secret, and whether the agent or an operator did it."""
+
+    __tablename__ = "rotations"
+    __table_args__ = (sa.CheckConstraint("rotated_by IN ('self', 'admin')", name="rotated_by"),)
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    agent_pk: Mapped[int] = _agent_pk(index=True)
+    rotated_at: Mapped[datetime]
+    rotated_by: Mapped[str]
+
+
+class SpentAssertion(Base):
+    """A client assertion that was used: kept until it would have expired, so that it works once."""
+
+    __tablename__ = "spent_assertions"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    agent_pk: Mapped[int] = _agent_pk(primary_key=True)
+    jti_hash: Mapped[bytes] = mapped_column(primary_key=True)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class SigningKey(Base):
+    """A private key that access tokens are signed with, as a JWK (RFC 7517)."""
+
+    __tablename__ = "signing_keys"
+
+    kid: Mapped[str] = mapped_column(primary_key=True)
+    alg: Mapped[str]
+    jwk: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+@contextmanager
+def writing(*, durable: bool = True) -> Iterator[sa.Connection]:
+    """One write transaction on the session: BEGIN IMMEDIATE, then COMMIT, or ROLLBACK on any error.
+
+    Whatever was read before is read again under the lock, so no transaction ever upgrades from
+    reading to writing, which is where SQLite's "database is locked" comes from.
+
+    :param durable: fsync at the commit; without it a power cut, not a crash, may undo the commit.
+    """
+    db.session.rollback()
+    try:
+        yield db.session.connection(execution_options={"write": "FULL" if durable else "NORMAL"})
+        db.session.commit()
+    except BaseException:
+        db.session.rollback()
+        raise
+
+
+def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> None:
+    """Bind the app to its database file, made on the first start with mode 0600.
+
+    :param fill: called once the tables are there, inside the write transaction that made them.
+    """
+    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
+        "connect_args": {"timeout": BUSY_TIMEOUT},
+        # One connection for each thread, never more: gunicorn's threads are what bounds them.
+        "pool_size": settings.threads,
+        "max_overflow": -1,
+        # Parameters hold hashes and tokens' hashes; errors that reach the log must not.
+        "hide_parameters": True,
+    }
+    db.init_app(app)
+    with app.app_context():
+        sa.event.listen(db.engine, "connect", _on_connect)
+        sa.event.listen(db.engine, "begin", _on_begin)
+        with _alone(settings.database_file):
+            _use_wal(settings.database_file)
+            with writing() as connection:
+                Base.metadata.create_all(connection)
+                fill()
+        # gunicorn forks after this: no connection may cross the fork.
+        db.engine.dispose()
+
+
+def may_pass(error: sa.exc.OperationalError) -> bool:
+    """Whether a database error is of the kind that ends by itself or by the operator's hand."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the extended codes' low byte
+    return code in _PASSING
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock file beside the database, so that processes starting together take turns."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _use_wal(path: Path) -> None:
+    # The -wal and -shm files take the database file's mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    os.chmod(path, 0o600)
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")  # remembered in the file
+    finally:
+        connection.close()
+
+
+def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
+    # SQLAlchemy's own BEGIN below, not the driver's.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+    record.info["synchronous"] = "FULL"
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    wanted = connection.get_execution_options().get("write")
+    if wanted is None:
+        connection.exec_driver_sql("BEGIN")
+        return
+    # SQLite lets `synchronous` change only outside a transaction.
+    if connection.info["synchronous"] != wanted:
+        connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
+        connection.info["synchronous"] = wanted
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
