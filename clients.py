@@ -1,0 +1,285 @@
+"""Agents as OAuth clients: which one is calling the OAuth endpoints, and how it proves it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import unquote_plus
+
+import sqlalchemy as sa
+from authlib.oauth2.rfc6749 import ClientMixin, InvalidClientError, InvalidRequestError, OAuth2Request
+from authlib.oauth2.rfc7523.client import ASSERTION_TYPE, JWTBearerClientAssertion
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import KeySet
+from joserfc.jwt import JWTClaimsRegistry
+from sqlalchemy import bindparam
+from sqlalchemy.dialects.sqlite import insert
+
+import clock
+import credentials
+from config import settings
+from keys import Algorithms
+from models import Agent, ClientSecret, Moment, SpentAssertion, db, writing
+from wire import is_text, parse_authorization
+
+ASSERTION_ALGORITHMS = Algorithms(algorithms=("RS256", "PS256", "ES256", "EdDSA"))
+ASSERTION_TTL = 300  # seconds
+ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
+
+# What a Client's row has; whoever finds clients another way selects at least these.
+COLUMNS = (
+    Agent.pk,
+    Agent.id,
+    Agent.client_id,
+    Agent.scopes,
+    Agent.audiences,
+    Agent.is_active,
+    Agent.expires_at,
+    Agent.token_version,
+    Agent.token_ttl,
+)
+_NOW: Any = bindparam("now", type_=Moment)
+_BY_SECRET = (
+    sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hash, ClientSecret.last_used_at)
+    .outerjoin(
+        ClientSecret,
+        sa.and_(
+            ClientSecret.agent_pk == Agent.pk,
+            ClientSecret.hint == bindparam("hint"),
+            ClientSecret.live(_NOW),
+        ),
+    )
+    .where(Agent.client_id == bindparam("client_id"))
+)
+_BY_CLIENT_ID = sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id"))
+_SPEND_ASSERTION = (
+    insert(SpentAssertion)
+    .from_select(
+        ["agent_pk", "jti_hash", "expires_at"],
+        sa.select(
+            Agent.pk, bindparam("jti_hash", type_=sa.LargeBinary), bindparam("expires_at", type_=Moment)
+        ).where(Agent.client_id == bindparam("client_id")),
+    )
+    .on_conflict_do_nothing()
+)
+
+
+class AuthenticationFailed(InvalidClientError):
+    """RFC 6749 §5.2 `invalid_client`, always 401; one text for every reason a stranger may not learn."""
+
+    status_code = 401
+    description = "Client authentication failed: check client_id and client_secret."
+
+    def get_headers(self) -> list[tuple[str, str]]:
+        """Authlib's headers, with the challenge as RFC 7617 §2 has it."""
+        headers = [header for header in super().get_headers() if header[0] != "WWW-Authenticate"]
+        return [*headers, ("WWW-Authenticate", 'Basic realm="lanyard"')]
+
+
+class Client(ClientMixin):
+    """An agent as Authlib sees a client, read at `now` and good for one request."""
+
+    def __init__(self, row: sa.Row[Any], now: datetime) -> None:
+        self.row = row
+        self.now = now
+        # What this request may have, filled in by the grant.
+        self.audiences: list[str] = []
+        # The row of the client secret that proved it, if one did.
+        self.secret_pk: int | None = row._mapping.get("secret_pk")
+
+    def get_client_id(self) -> str:
+        """Authlib's name for `client_id`."""
+        return str(self.row.client_id)
+
+    def get_allowed_scope(self, scope: str | None) -> str | None:
+        """The scope to grant: all of the agent's when none is asked for, None when one is not its own."""
+        if not scope:
+            return " ".join(self.row.scopes)
+        wanted = list(dict.fromkeys(scope.split(" ")))
+        return " ".join(wanted) if set(wanted) <= set(self.row.scopes) else None
+
+    def check_grant_type(self, grant_type: str) -> bool:
+        """Every agent may use every grant there is."""
+        return True
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the agent is switched on and not expired."""
+        expires_at = self.row.expires_at
+        return bool(self.row.is_active) and (expires_at is None or expires_at > self.now)
+
+    @property
+    def token_lifetime(self) -> int:
+        """Seconds an access token issued now lives; none outlives its agent."""
+        return self.seconds_left(self.row.token_ttl or settings().access_token_ttl)
+
+    def seconds_left(self, seconds: int) -> int:
+        """`seconds`, or fewer when the agent expires before."""
+        if self.row.expires_at is None:
+            return seconds
+        left: timedelta = self.row.expires_at - self.now
+        return min(seconds, left // timedelta(seconds=1))
+
+
+def authenticate(request: OAuth2Request) -> Client:
+    """The client whose credentials the request carries (RFC 6749 §2.3).
+
+    :raises InvalidRequestError: when it carries more than one kind.
+    :raises AuthenticationFailed: when they are missing, wrong, or of an agent that is switched off.
+    """
+    client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
+    if not client.is_live:
+        state = "expired" if client.row.is_active else "deactivated"
+        raise AuthenticationFailed(f"This agent is {state}.")
+    return client
+
+
+def carries_credentials(request: OAuth2Request) -> bool:
+    """Whether the request tries to authenticate its client at all."""
+    sent = {"client_secret", "client_assertion"} & set(request.form)
+    return bool(sent) or _basic_credentials(request.headers) is not None
+
+
+def _by_secret(request: OAuth2Request) -> Client:
+    form = request.form
+    basic = _basic_credentials(request.headers)
+    if basic and "client_secret" in form:
+        raise InvalidRequestError("Send the client credentials one way: in the header or in the body.")
+    if basic and form.get("client_id") not in (None, basic[0]):
+        raise InvalidRequestError("The client_id in the body is not the one in the Authorization header.")
+    client_id, secret = basic or (form.get("client_id"), form.get("client_secret"))
+    if not client_id or not secret:
+        raise AuthenticationFailed("Send client_id and client_secret, in the body or as HTTP Basic.")
+    return _prove_secret(client_id, secret)
+
+
+def _prove_secret(client_id: str, secret: str) -> Client:
+    now = clock.now()
+    hint = credentials.client_secret_hint(secret)
+    if hint is None:
+        raise AuthenticationFailed()
+    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=now)
+    if not credentials.checker().check(secret, row.hash if row else None) or row is None:
+        raise AuthenticationFailed()
+    return Client(row, now)
+
+
+def _by_assertion(request: OAuth2Request) -> Client:
+    form = request.form
+    if "client_secret" in form or _basic_credentials(request.headers):
+        raise InvalidRequestError("Send the client credentials one way: a secret or an assertion.")
+    client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
+    if client is None:
+        raise InvalidRequestError(f"Send client_assertion_type as {ASSERTION_TYPE}.")
+    # RFC 7521 §4.2: a client_id is unnecessary, and must be the assertion's subject.
+    if form.get("client_id") not in (None, client.get_client_id()):
+        raise InvalidRequestError("The client_id is not the subject of the assertion.")
+    return client
+
+
+class ClientAssertion(JWTBearerClientAssertion):
+    """`private_key_jwt`, RFC 7523 §3: a short-lived JWT that the agent signs, good for one use."""
+
+    CLIENT_AUTH_METHOD = "private_key_jwt"
+
+    def __call__(self, query_client: Any, request: OAuth2Request) -> Client | None:
+        """Authlib's steps; what they say before the signature is proved is kept from strangers."""
+        try:
+            client: Client | None = super().__call__(query_client, request)
+        except AuthenticationFailed:
+            raise
+        except (InvalidClientError, ValueError, TypeError, RecursionError):
+            raise AuthenticationFailed() from None
+        return client
+
+    def resolve_client_public_key(self, client: Client) -> KeySet:
+        """The agent's keys."""
+        if not client.row.jwks:
+            raise AuthenticationFailed()
+        return KeySet.import_key_set(client.row.jwks)
+
+    def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
+        """The claims, once one of the agent's keys is found to have signed them."""
+        for key in keys:
+            try:
+                token = jwt.decode(assertion, key, registry=ASSERTION_ALGORITHMS)
+            except JoseError:
+                continue
+            self.verify_claims(token.claims)
+            return token.claims
+        raise AuthenticationFailed()
+
+    def verify_claims(self, claims: dict[str, Any]) -> None:
+        """RFC 7523 §3, with the lifetime bounded. The caller has proved its key: it is told what is wrong."""
+        now = int(clock.now().timestamp())
+        rules: Any = {name: {"essential": True} for name in ("iss", "sub", "aud", "exp", "jti")}
+        try:
+            JWTClaimsRegistry(now, self.leeway, **rules).validate(claims)
+        except JoseError as error:
+            raise _bad_assertion(f"the claim {error.description}") from None
+        # One audience only: an assertion made for another server must not work here too.
+        audience = claims["aud"][0] if isinstance(claims["aud"], list) else claims["aud"]
+        if claims["aud"] not in (audience, [audience]) or audience not in assertion_audiences():
+            raise _bad_assertion("aud must be the issuer or the token endpoint, and nothing else")
+        if claims["iss"] != claims["sub"]:
+            raise _bad_assertion("iss and sub must both be the client_id")
+        ends_at = self._end(claims)
+        if now >= ends_at + self.leeway or ends_at > now + ASSERTION_TTL + self.leeway:
+            raise _bad_assertion(f"it is good for {ASSERTION_TTL} seconds at most")
+        if not self.validate_jti(claims, claims["jti"]):
+            raise _bad_assertion("its jti was used before")
+
+    @staticmethod
+    def _end(claims: dict[str, Any]) -> int:
+        # Clients in use sign for an hour: they are taken at their `iat`, and get no hour.
+        return int(min(claims["exp"], claims.get("iat", claims["exp"]) + ASSERTION_TTL))
+
+    def validate_jti(self, claims: dict[str, Any], jti: str) -> bool:
+        """Whether this is the first use, in any worker."""
+        spent = {
+            "client_id": claims["sub"],
+            "jti_hash": credentials.digest(jti),
+            "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
+        }
+        with writing() as connection:
+            return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
+
+    def authenticate_client(self, client: Client) -> Client:
+        """An agent with keys may use them, whatever else it may use."""
+        return client
+
+
+def assertion_audiences() -> tuple[str, str]:
+    """What an assertion's `aud` may be: the issuer, or the token endpoint (RFC 7523 §3)."""
+    issuer = settings().issuer
+    return issuer, issuer.rstrip("/") + "/oauth/token"
+
+
+def _bad_assertion(reason: str) -> AuthenticationFailed:
+    return AuthenticationFailed("The client assertion is refused: " + re.sub(r'["\\]', "'", reason) + ".")
+
+
+def _find_by_client_id(client_id: str) -> Client | None:
+    row = _first(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
+    return Client(row, clock.now()) if row else None
+
+
+def _first(statement: sa.Executable, **values: Any) -> sa.Row[Any] | None:
+    row = db.session.connection().execute(statement, values).first()
+    # What follows is long, a bcrypt check or a signature: it holds no snapshot of the database.
+    db.session.rollback()
+    return row
+
+
+def _basic_credentials(headers: Mapping[str, str]) -> tuple[str, str] | None:
+    """RFC 6749 §2.3.1: name and password are form-encoded inside HTTP Basic."""
+    header = headers.get("Authorization", "")
+    if header[:6].lower() != "basic ":
+        return None
+    found = parse_authorization(header)
+    if found is None:
+        return "", ""
+    return unquote_plus(found.username or ""), unquote_plus(found.password or "")

@@ -1,0 +1,255 @@
+"""The OAuth endpoints: Authlib's authorization server, its grants, and the key set."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qsl
+
+from authlib.integrations.flask_oauth2 import AuthorizationServer
+from authlib.oauth2 import OAuth2Error
+from authlib.oauth2.rfc6749 import (
+    InvalidGrantError,
+    InvalidRequestError,
+    InvalidScopeError,
+    OAuth2Request,
+    UnsupportedGrantTypeError,
+    grants,
+)
+from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
+from flask import Flask, Request, Response, current_app, jsonify, request
+from flask_smorest import Blueprint
+
+import clients
+import keys
+import tokens
+from config import Settings, settings
+from wire import is_text, parse_json, read_body
+
+_EXTENSION = "lanyard.oauth"
+_AUTH_METHODS = ["client_secret_basic", "client_secret_post", "private_key_jwt"]
+# Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
+_PARAMETERS = (
+    "grant_type",
+    "client_id",
+    "client_secret",
+    "client_assertion",
+    "client_assertion_type",
+    "scope",
+    "refresh_token",
+)
+_NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_token", "token")
+
+blueprint = Blueprint("oauth", __name__, description="Tokens, and the keys to verify them with")
+
+
+@blueprint.post("/oauth/token")
+def token() -> Response:
+    """Trade client credentials or a refresh token for an access token."""
+    return _answer(TokenRequest(request))
+
+
+@blueprint.post("/oauth/refresh")
+def refresh() -> Response:
+    """`/oauth/token` for refresh tokens only; `grant_type` may be left out."""
+    return _answer(TokenRequest(request, only_grant_type="refresh_token"))
+
+
+@blueprint.get("/.well-known/jwks.json")
+def jwks() -> Response:
+    """The public keys (RFC 7517 §5)."""
+    response = jsonify(keys.public_jwks())
+    response.headers["Cache-Control"] = "public, max-age=300"
+    return response
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Set up the authorization server."""
+    server = Server(app)
+    server.register_token_generator("default", tokens.TokenGenerator(settings))
+    server.register_grant(ClientCredentialsGrant)
+    server.register_grant(RefreshTokenGrant)
+    app.extensions[_EXTENSION] = server
+
+
+def _answer(token_request: TokenRequest) -> Response:
+    server: Server = current_app.extensions[_EXTENSION]
+    response: Response = server.create_token_response(token_request)
+    return response
+
+
+class InvalidTargetError(OAuth2Error):
+    """RFC 8707 §2."""
+
+    error = "invalid_target"
+    description = "The resource is not one of this agent's audiences."
+
+
+class TokenRequest(OAuth2Request):
+    """The parameters of a request: JSON or form body alike, and never the query string."""
+
+    def __init__(self, flask_request: Request, only_grant_type: str | None = None) -> None:
+        # Authlib refuses plain http by this address; behind a proxy only the issuer tells the truth.
+        super().__init__(flask_request.method, settings().issuer, headers=flask_request.headers)
+        for name in _NEVER_IN_QUERY:
+            if name in flask_request.args:
+                raise InvalidRequestError(f"Send {name} in the body, never in the URL.")
+        parameters = _parameters(_pairs(flask_request))
+        if only_grant_type:
+            parameters.setdefault("grant_type", only_grant_type)
+        self.only_grant_type = only_grant_type
+        self.payload = BasicOAuth2Payload(parameters)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What Authlib's classes read parameters from."""
+        return dict(self.payload.data)
+
+
+class Server(AuthorizationServer):
+    """Authlib's server with its differences from the contract put right."""
+
+    def create_oauth2_request(self, request: TokenRequest) -> TokenRequest:
+        """The routes have parsed it already."""
+        return request
+
+    def get_token_grant(self, request: TokenRequest) -> Any:
+        """Authlib's choice; its refusal repeats what the caller sent, ours does not."""
+        grant_type = request.payload.grant_type
+        if not grant_type:
+            raise InvalidRequestError("Send grant_type: client_credentials or refresh_token.")
+        if request.only_grant_type not in (None, grant_type):
+            raise UnsupportedGrantType(grant_type)
+        try:
+            return super().get_token_grant(request)
+        except UnsupportedGrantTypeError:
+            raise UnsupportedGrantType(grant_type) from None
+
+    def authenticate_client(
+        self, request: OAuth2Request, methods: list[str], endpoint: str = "token"
+    ) -> clients.Client:
+        """One answer for an unknown client and a wrong secret; Authlib's would tell them apart."""
+        return clients.authenticate(request)
+
+    def handle_response(self, status: int, body: Any, headers: list[tuple[str, str]]) -> Response:
+        """Answer as every other route does."""
+        response = jsonify(body)
+        response.status_code = status
+        response.headers.extend((name, value) for name, value in headers if name != "Content-Type")
+        return response
+
+    def handle_error_response(self, request: OAuth2Request, error: OAuth2Error) -> Response:
+        """Errors are raised: the app's one handler answers them."""
+        raise error
+
+
+class UnsupportedGrantType(UnsupportedGrantTypeError):
+    """RFC 6749 §5.2, without repeating the caller's text."""
+
+    def get_error_description(self) -> str:
+        """The sentence."""
+        return "The grant types here are client_credentials and refresh_token."
+
+
+class ClientCredentialsGrant(grants.ClientCredentialsGrant):
+    """RFC 6749 §4.4; a refresh token comes with the access token."""
+
+    TOKEN_ENDPOINT_AUTH_METHODS = _AUTH_METHODS
+
+    def validate_token_request(self) -> None:
+        """Authlib's checks, and RFC 8707's."""
+        super().validate_token_request()
+        wanted = self.request.form.get("resource", [])
+        if not set(wanted) <= set(self.client.row.audiences):
+            raise InvalidTargetError()
+        self.client.audiences = wanted or [settings().audience]
+
+    def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
+        """Issue and keep the tokens. Authlib's own would write them to its debug log."""
+        token = self.generate_token(scope=self.request.payload.scope)
+        tokens.start_family(self.client, token)
+        return 200, token, self.TOKEN_RESPONSE_HEADER
+
+
+class RefreshTokenGrant(grants.RefreshTokenGrant):
+    """RFC 6749 §6 with rotation; the refresh token is proof enough, credentials are checked when sent."""
+
+    TOKEN_ENDPOINT_AUTH_METHODS = _AUTH_METHODS
+
+    def validate_token_request(self) -> None:
+        """Find the family, and narrow what it may be asked for."""
+        text = self.request.form.get("refresh_token")
+        if not text:
+            raise InvalidRequestError("Send refresh_token.")
+        caller = clients.authenticate(self.request) if clients.carries_credentials(self.request) else None
+        client = tokens.find_by_refresh_token(text)
+        named = caller.get_client_id() if caller else self.request.form.get("client_id")
+        if named not in (None, client.get_client_id()):
+            raise InvalidGrantError("The refresh token belongs to another client.")
+        self.request.client = client
+        self.scope = self._narrowed_scope()
+        client.audiences = self._narrowed_audiences()
+
+    def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
+        """Issue the tokens, and put the new refresh token in the old one's place."""
+        token = self.generate_token(scope=self.scope)
+        tokens.next_of_family(self.client, token)
+        return 200, token, self.TOKEN_RESPONSE_HEADER
+
+    def _narrowed_scope(self) -> str:
+        # A scope taken from the agent since is not given again.
+        granted = self.client.row.family_scopes
+        held = [scope for scope in granted if scope in self.client.row.scopes]
+        asked = self.request.payload.scope
+        wanted = asked.split(" ") if asked else held
+        if not set(wanted) <= set(held) or (granted and not held):
+            raise InvalidScopeError()
+        return " ".join(dict.fromkeys(wanted))
+
+    def _narrowed_audiences(self) -> list[str]:
+        # RFC 8707 §2.2: the audiences granted, or fewer.
+        allowed = {*self.client.row.audiences, settings().audience}
+        held = [audience for audience in self.client.row.family_audiences if audience in allowed]
+        wanted: list[str] = self.request.form.get("resource", held)
+        if not wanted or not set(wanted) <= set(held):
+            raise InvalidTargetError()
+        return wanted
+
+
+def _pairs(flask_request: Request) -> list[tuple[str, Any]]:
+    """The body as names and values, from either content type."""
+    raw = read_body(flask_request)
+    try:
+        if flask_request.mimetype == "application/x-www-form-urlencoded":
+            return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
+        if flask_request.mimetype == "application/json":
+            body = parse_json(raw)
+            if not isinstance(body, dict):
+                raise InvalidRequestError("The body must be a JSON object.")
+            return list(body.items())
+    except UnicodeDecodeError:
+        raise InvalidRequestError("The body is not valid UTF-8.") from None
+    except ValueError:
+        raise InvalidRequestError("The body cannot be parsed.") from None
+    raise InvalidRequestError("Send the body as application/x-www-form-urlencoded or application/json.")
+
+
+def _parameters(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One string for each parameter, a list for `resource`, which alone may repeat (RFC 8707 §2)."""
+    resources: list[str] = []
+    parameters: dict[str, Any] = {}
+    for name, value in pairs:
+        if name == "resource":
+            resources += value if isinstance(value, list) else [value]
+        elif name in parameters:
+            raise InvalidRequestError("A parameter is repeated.")
+        else:
+            parameters[name] = value
+    known = {name: parameters[name] for name in _PARAMETERS if name in parameters}
+    for name, value in [*known.items(), *(("resource", resource) for resource in resources)]:
+        if not is_text(value):
+            raise InvalidRequestError(f"{name} must be a string.")
+    # RFC 6749 §3.2: a parameter without a value counts as left out.
+    parameters = {name: value for name, value in known.items() if value}
+    if any(resources):
+        parameters["resource"] = list(dict.fromkeys(filter(None, resources)))
+    return parameters

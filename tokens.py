@@ -1,0 +1,206 @@
+"""Tokens given out: how an access token is made, and what is kept of refresh tokens and usage."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import sqlalchemy as sa
+from authlib.oauth2.rfc6749 import InvalidGrantError
+from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
+from joserfc import jwt
+from sqlalchemy import bindparam
+from sqlalchemy.dialects.sqlite import insert
+
+import clock
+import credentials
+import keys
+from clients import COLUMNS, AuthenticationFailed, Client
+from config import DAY, Settings, settings
+from models import Agent, ClientSecret, Moment, RefreshFamily, UsageDay, db, writing
+
+log = logging.getLogger("lanyard")
+
+FAMILY_TTL = 30 * DAY
+
+_NOW: Any = bindparam("now", type_=Moment)
+_LIVE_AGENT = sa.and_(
+    Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.live(_NOW)
+)
+_ACTIVITY = {"last_activity_at": _NOW, "last_token_issued_at": _NOW}
+_COUNT_TOKEN = sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
+_COUNT_REFRESH = (
+    sa.update(Agent).where(_LIVE_AGENT).values(refresh_count=Agent.refresh_count + 1, **_ACTIVITY)
+)
+_TOKEN_DAY = (
+    insert(UsageDay)
+    .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=1, tokens_refreshed=0)
+    .on_conflict_do_update(set_={"tokens_issued": UsageDay.tokens_issued + 1})
+)
+_REFRESH_DAY = (
+    insert(UsageDay)
+    .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
+    .on_conflict_do_update(set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
+)
+_USE_SECRET = sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
+_NEW_FAMILY = sa.insert(RefreshFamily)
+_BY_FAMILY = (
+    sa.select(
+        *COLUMNS, *(column.label(f"family_{column.name}") for column in RefreshFamily.__table__.columns)
+    )
+    .join(Agent, Agent.pk == RefreshFamily.agent_pk)
+    .where(RefreshFamily.id == bindparam("family"))
+)
+_NEXT_TOKEN = (
+    sa.update(RefreshFamily)
+    .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash"))
+    .values(
+        {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
+    )
+)
+_END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
+
+
+class TokenGenerator(JWTBearerTokenGenerator):
+    """Makes the token answer: an RFC 9068 access token and a refresh token."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            issuer=settings.issuer,
+            alg=settings.signing_alg,
+            refresh_token_generator=self._refresh_token,
+            expires_generator=lambda client, grant_type: client.token_lifetime,
+        )
+
+    def access_token_generator(self, client: Client, grant_type: str, user: None, scope: str) -> str:
+        """Sign the claims of RFC 9068 §2.2.
+
+        Authlib's own puts `typ` before `alg` in the header and reads a clock of its own; clients
+        may rely on the order that Lanyard's contract shows.
+        """
+        issued_at = int(client.now.timestamp())
+        audiences = client.audiences
+        claims = {
+            "iss": self.issuer,
+            "sub": client.row.client_id,
+            "aud": audiences[0] if len(audiences) == 1 else audiences,
+            "exp": issued_at + client.token_lifetime,
+            "iat": issued_at,
+            "jti": credentials.new_jti(),
+            "client_id": client.row.client_id,
+            "scope": scope,
+            "agent_id": client.row.id,
+            # Whole seconds cannot tell a token from just before a deactivation from one just after.
+            "ver": client.row.token_version,
+        }
+        header = {"alg": self.alg, "typ": "at+jwt"}
+        registry = keys.SIGNING_ALGORITHMS
+        return jwt.encode(header, claims, keys.signing_key(), registry=registry, default_type=None)
+
+    def generate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Authlib's answer, in the contract's order and with `scope` even when the agent has none."""
+        token = super().generate(*args, **kwargs)
+        names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
+        return {name: token.get(name, "") for name in names}
+
+    @staticmethod
+    def _refresh_token(client: Client, **kwargs: Any) -> str:
+        # A grant that refreshes has found its client by a family; a first one has none yet.
+        return credentials.new_refresh_token(client.row._mapping.get("family_id"))
+
+
+def start_family(client: Client, token: dict[str, Any]) -> None:
+    """Keep the first refresh token of a grant, and count the grant.
+
+    A power cut may undo this, and then the agent, which holds its credentials, asks again: see
+    README, Security.
+
+    :raises AuthenticationFailed: when the agent died since it was authenticated.
+    """
+    refresh_token = token["refresh_token"]
+    with writing(durable=False) as connection:
+        if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
+            raise AuthenticationFailed()
+        family = {
+            **_newest(client, token),
+            "id": credentials.refresh_token_family(refresh_token),
+            "agent_pk": client.row.pk,
+            "token_version": client.row.token_version,
+            "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
+        }
+        connection.execute(_NEW_FAMILY, family)
+        if client.secret_pk is not None:
+            connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
+
+
+def find_by_refresh_token(refresh_token: str) -> Client:
+    """The client whose row, with its `family_*` columns, a refresh token is the newest of.
+
+    A token that was used before ends its family: either the thief or the agent holds a copy
+    (RFC 9700 §4.14.2).
+
+    :raises InvalidGrantError: one text, whatever is wrong with the token.
+    """
+    family_id = credentials.refresh_token_family(refresh_token)
+    if family_id is None:
+        raise _no_good()
+    row = db.session.connection().execute(_BY_FAMILY, {"family": family_id}).first()
+    db.session.rollback()
+    client = Client(row, clock.now()) if row else None
+    if row is None or client is None or row.family_expires_at <= client.now:
+        raise _no_good()
+    if not hmac.compare_digest(row.family_token_hash, credentials.digest(refresh_token)):
+        _end_reused(client)
+    if not client.is_live or row.token_version != row.family_token_version:
+        raise _no_good()
+    return client
+
+
+def next_of_family(client: Client, token: dict[str, Any]) -> None:
+    """Put the new refresh token in the old one's place, and count the refresh.
+
+    :raises InvalidGrantError: when the agent died, or the old token was used, since it was found.
+    """
+    old = client.row
+    with writing() as connection:
+        values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
+        values["expires_at"] = min(values["expires_at"], old.family_ends_at)
+        won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
+        if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
+            raise _no_good()
+    if not won:
+        _end_reused(client)
+
+
+def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
+    """The columns that every new refresh token of a family changes."""
+    return {
+        "token_hash": credentials.digest(token["refresh_token"]),
+        "scopes": token["scope"].split(),
+        "audiences": client.audiences,
+        "issued_at": client.now,
+        "expires_at": client.now + timedelta(seconds=client.seconds_left(settings().refresh_token_ttl)),
+    }
+
+
+def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.Insert) -> bool:
+    """Count a token; False when its agent is no longer the one that was authenticated."""
+    values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
+    if connection.execute(count, values).rowcount != 1:
+        return False
+    connection.execute(day, {"agent": client.row.pk, "day": client.now.date()})
+    return True
+
+
+def _end_reused(client: Client) -> NoReturn:
+    with writing() as connection:
+        ended = connection.execute(_END_FAMILY, {"family": client.row.family_id}).rowcount
+    if ended:
+        log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
+    raise _no_good()
+
+
+def _no_good() -> InvalidGrantError:
+    return InvalidGrantError("The refresh token is unknown, expired, revoked or already used.")
