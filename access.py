@@ -1,0 +1,111 @@
+"""Who is calling: the operator by the admin token, and in local mode this machine's own clients."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+
+from flask import Flask, current_app, request
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+import credentials
+from config import Settings, settings
+from wire import Problem, parse_authorization
+
+_EXTENSION = "lanyard.admin_token"
+_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+_FORWARDING_HEADERS = {"forwarded", "via", "x-real-ip", "x-client-ip", "cf-connecting-ip", "true-client-ip"}
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Learn the admin token, trust the proxies the settings name, and guard local mode."""
+    app.extensions[_EXTENSION] = settings.admin_token or _kept_admin_token(admin_token_file(settings))
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+    if settings.local:
+        app.before_request(_refuse_strangers)
+
+
+def admin_token_file(settings: Settings) -> Path:
+    """Where the admin token is kept when LANYARD_ADMIN_TOKEN does not give one."""
+    return settings.instance / "admin_token"
+
+
+def is_operator() -> bool:
+    """Whether the request carries the admin token, or in local mode no credentials at all."""
+    if "Authorization" not in request.headers:
+        return settings().local
+    authorization = parse_authorization(request.headers["Authorization"])
+    if authorization is None:
+        return False
+    if authorization.type == "bearer":
+        return _is_admin_token(authorization.token or "")
+    if authorization.type == "basic":
+        return authorization.username == "admin" and _is_admin_token(authorization.password or "")
+    return False
+
+
+def _is_admin_token(text: str) -> bool:
+    return credentials.same(text, current_app.extensions[_EXTENSION])
+
+
+def _kept_admin_token(path: Path) -> str:
+    """Read the admin token, made on the first start; the file is never seen half written."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        draft = path.with_name(f".admin_token.{os.getpid()}")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(credentials.new_admin_token() + "\n")
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass  # another process was first: its token counts
+        finally:
+            os.unlink(draft)
+    os.chmod(path, 0o600)
+    return path.read_text().strip()
+
+
+def _refuse_strangers() -> None:
+    """Local mode asks no one for credentials, so it answers only this machine's own clients.
+
+    A web page the operator visits is a stranger too: it shows by its Origin, by the Host it had
+    resolved to this machine (DNS rebinding), or by the body types a page may send unasked.
+    """
+    if not _is_loopback(request.environ.get("REMOTE_ADDR", "")):
+        _refuse("a request from another machine")
+    host = request.environ.get("HTTP_HOST", "")
+    if not _LOCAL_HOST.fullmatch(host):
+        _refuse("a Host other than localhost")
+    if any(_forwards(name) for name, _ in request.headers):
+        _refuse("a forwarded request")
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() != f"http://{host}".lower():
+        _refuse("a page of another site")
+    if request.path.startswith("/api/") and _has_body() and request.mimetype != "application/json":
+        _refuse("a body other than application/json")
+
+
+def _refuse(what: str) -> None:
+    raise Problem(403, "forbidden", f"Local mode does not answer {what}.")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return (mapped or ip).is_loopback
+
+
+def _forwards(header: str) -> bool:
+    name = header.lower()
+    return name in _FORWARDING_HEADERS or name.startswith("x-forwarded-")
+
+
+def _has_body() -> bool:
+    return bool(request.content_length) or "Transfer-Encoding" in request.headers

@@ -1,0 +1,354 @@
+"""Agents: the operator's routes, the agent's own, and what happens to an agent."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from flask_smorest import Blueprint as SmorestBlueprint
+
+import bearer
+import clock
+import credentials
+import schemas
+from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, writing
+from wire import Parser, Problem
+
+USAGE_DAYS = 30
+ROTATIONS_SHOWN = 100
+
+
+class Blueprint(SmorestBlueprint):
+    """flask-smorest's blueprint with Lanyard's strict parser."""
+
+    ARGUMENTS_PARSER = Parser()
+
+
+management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")
+management.before_request(bearer.require_operator)
+
+self_service = Blueprint("me", __name__, url_prefix="/api/agents/me", description="An agent on itself")
+self_service.before_request(bearer.require_agent)
+
+
+@management.post("")
+@management.arguments(schemas.AgentCreate)
+@management.response(201, schemas.AgentCreated)
+def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """Register an agent; its client secret is in this answer and never in another."""
+    by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
+    secret = None if by_key else credentials.checker().make()
+    with writing():
+        agent = _new_agent(fields)
+        if secret:
+            _add_secret(agent, secret)
+    answer = {"agent": agent, "client_id": agent.client_id}
+    if secret:
+        answer["client_secret"] = secret.text
+    return answer, 201, {"Location": f"/api/agents/{agent.id}"}
+
+
+@management.get("")
+@management.arguments(schemas.AgentQuery, location="query")
+@management.response(200, schemas.AgentPage)
+def list_agents(query: dict[str, Any]) -> dict[str, Any]:
+    """Agents, newest first; `next` is the `after` of the page that follows."""
+    limit = query["limit"]
+    statement = sa.select(Agent).where(*_filters(query)).order_by(Agent.pk.desc()).limit(limit + 1)
+    found = db.session.scalars(statement).all()
+    page = found[:limit]
+    return {"agents": page, "next": str(page[-1].pk) if len(found) > limit else None}
+
+
+@management.get("/<agent_id>")
+@management.response(200, schemas.AgentAnswer)
+def show_agent(agent_id: str) -> dict[str, Agent]:
+    """One agent."""
+    return {"agent": _find(agent_id)}
+
+
+@management.route("/<agent_id>", methods=["PATCH", "PUT"])
+@management.arguments(schemas.AgentUpdate)
+@management.response(200, schemas.AgentAnswer)
+def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+    """Change what is given, leave the rest."""
+    with writing():
+        agent = _find(agent_id)
+        _set_fields(agent, fields)
+    return {"agent": agent}
+
+
+@management.delete("/<agent_id>")
+@management.response(204)
+def delete_agent(agent_id: str) -> None:
+    """Delete the agent and all its tokens."""
+    with writing():
+        db.session.delete(_find(agent_id))
+
+
+@management.post("/<agent_id>")
+@management.arguments(schemas.Action)
+@management.response(200)
+def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
+    """Rotate, deactivate or reactivate, as `action` says."""
+    action = fields.pop("action")
+    if action == "rotate":
+        rotated: dict[str, Any] = schemas.Rotated().dump(_rotate_by_operator(agent_id, fields))
+        return rotated
+    act = deactivate if action == "deactivate" else reactivate
+    changed: dict[str, Any] = schemas.AgentAnswer().dump(_change(agent_id, act))
+    return changed
+
+
+@management.post("/<agent_id>/rotate")
+@management.arguments(schemas.Rotate)
+@management.response(200, schemas.Rotated)
+def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
+    """Give the agent a new client secret."""
+    return _rotate_by_operator(agent_id, fields)
+
+
+@management.post("/<agent_id>/deactivate")
+@management.arguments(schemas.Nothing)
+@management.response(200, schemas.AgentAnswer)
+def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+    """Switch the agent off: the kill switch."""
+    return _change(agent_id, deactivate)
+
+
+@management.post("/<agent_id>/reactivate")
+@management.arguments(schemas.Nothing)
+@management.response(200, schemas.AgentAnswer)
+def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+    """Bring the agent back, but none of its old tokens."""
+    return _change(agent_id, reactivate)
+
+
+@management.get("/<agent_id>/secrets")
+@management.response(200, schemas.Secrets)
+def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
+    """The agent's live client secrets, without their text."""
+    statement = _live_secrets(_find(agent_id)).order_by(ClientSecret.pk.desc())
+    return {"secrets": db.session.scalars(statement).all()}
+
+
+@management.delete("/<agent_id>/secrets/<secret_id>")
+@management.response(204)
+def delete_secret(agent_id: str, secret_id: str) -> None:
+    """Remove one client secret at once."""
+    with writing():
+        statement = _live_secrets(_find(agent_id)).where(ClientSecret.id == secret_id)
+        secret = db.session.scalar(statement)
+        if secret is None:
+            raise Problem(404, "not_found", "This agent has no live secret with this id.")
+        db.session.delete(secret)
+
+
+@self_service.get("")
+@self_service.response(200, schemas.AgentAnswer)
+def show_me() -> dict[str, Agent]:
+    """The agent whose token this is."""
+    return {"agent": bearer.current_agent()}
+
+
+@self_service.get("/usage")
+@self_service.response(200, schemas.Usage)
+def show_my_usage() -> dict[str, Any]:
+    """What the agent did: totals, rotations, and the last thirty days."""
+    agent = bearer.current_agent()
+    return {
+        "token_count": agent.token_count,
+        "refresh_count": agent.refresh_count,
+        "last_activity_at": agent.last_activity_at,
+        "last_token_issued_at": agent.last_token_issued_at,
+        "rotation_history": _rotations(agent),
+        "daily": _daily_usage(agent),
+    }
+
+
+@self_service.post("/rotate")
+@self_service.arguments(schemas.Rotate)
+@self_service.response(200, schemas.Rotated)
+def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
+    """Give the calling agent a new client secret."""
+    secret = credentials.checker().make()
+    with writing():
+        rotate(_myself(), secret, rotated_by="self", **fields)
+    return {"client_secret": secret.text}
+
+
+@self_service.post("/deactivate")
+@self_service.arguments(schemas.Nothing)
+@self_service.response(200, schemas.AgentDeactivated)
+def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
+    """Switch the calling agent off; only an operator can bring it back."""
+    with writing():
+        agent = _myself()
+        deactivate(agent)
+    return {"message": "This agent is deactivated. Only an operator can reactivate it.", "agent": agent}
+
+
+@self_service.delete("")
+@self_service.response(204)
+def delete_me() -> None:
+    """Delete the calling agent and all its tokens."""
+    with writing():
+        db.session.delete(_myself())
+
+
+def rotate(
+    agent: Agent,
+    secret: credentials.NewSecret,
+    *,
+    rotated_by: str,
+    grace_period: int = 0,
+    revoke_tokens: bool = False,
+) -> None:
+    """Make `secret` the agent's, in the caller's transaction.
+
+    :param secret: made before the transaction: bcrypt under the write lock would hold everybody up.
+    :param grace_period: seconds the old secrets live on.
+    :param revoke_tokens: end every token of the agent, for a leak.
+    """
+    if agent.token_endpoint_auth_method == "private_key_jwt":
+        raise Problem(409, "conflict", "This agent proves itself by its keys: it has no client secret.")
+    now = clock.now()
+    if grace_period:
+        ends_at = now + timedelta(seconds=grace_period)
+        for old in db.session.scalars(_live_secrets(agent)):
+            old.expires_at = min(ends_at, old.expires_at or ends_at)
+    else:
+        db.session.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
+    _add_secret(agent, secret)
+    db.session.add(Rotation(agent_pk=agent.pk, rotated_at=now, rotated_by=rotated_by))
+    if rotated_by == "self":
+        agent.last_activity_at = now
+    if revoke_tokens:
+        _end_tokens(agent)
+    agent.updated_at = now
+
+
+def deactivate(agent: Agent) -> None:
+    """Switch the agent off, and end its tokens for good; in the caller's transaction."""
+    if agent.is_active:
+        agent.is_active = False
+        agent.updated_at = clock.now()
+        _end_tokens(agent)
+
+
+def reactivate(agent: Agent) -> None:
+    """Switch the agent on again; in the caller's transaction."""
+    now = clock.now()
+    if agent.expires_at is not None and agent.expires_at <= now:
+        raise Problem(409, "conflict", "This agent has expired: give it a new expires_in first.")
+    if not agent.is_active:
+        agent.is_active = True
+        agent.updated_at = now
+
+
+def _rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
+    secret = credentials.checker().make()
+    with writing():
+        rotate(_find(agent_id), secret, rotated_by="admin", **fields)
+    return {"client_secret": secret.text}
+
+
+def _change(agent_id: str, act: Any) -> dict[str, Agent]:
+    with writing():
+        agent = _find(agent_id)
+        act(agent)
+    return {"agent": agent}
+
+
+def _find(agent_id: str) -> Agent:
+    agent = db.session.scalar(sa.select(Agent).where(Agent.id == agent_id))
+    if agent is None:
+        raise Problem(404, "not_found", "No agent has this id.")
+    return agent
+
+
+def _myself() -> Agent:
+    """The calling agent, checked again under the write lock: it may have died since."""
+    bearer.require_agent()
+    return bearer.current_agent()
+
+
+def _new_agent(fields: dict[str, Any]) -> Agent:
+    now = clock.now()
+    agent = Agent(
+        id=str(uuid.uuid4()),
+        client_id=credentials.new_client_id(),
+        scopes=[],
+        audiences=[],
+        metadata_={},
+        created_at=now,
+    )
+    _set_fields(agent, fields)
+    db.session.add(agent)
+    db.session.flush()
+    return agent
+
+
+def _set_fields(agent: Agent, fields: dict[str, Any]) -> None:
+    if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
+        raise Problem(409, "conflict", "This agent proves itself by its keys: give it others, not none.")
+    now = clock.now()
+    agent.updated_at = now
+    for name, value in fields.items():
+        if name == "expires_in":
+            agent.expires_at = None if value is None else now + timedelta(seconds=value)
+        else:
+            setattr(agent, name, value)
+
+
+def _add_secret(agent: Agent, secret: credentials.NewSecret) -> None:
+    row = ClientSecret(id=str(uuid.uuid4()), hint=secret.hint, hash=secret.hash, created_at=clock.now())
+    row.agent_pk = agent.pk
+    db.session.add(row)
+
+
+def _end_tokens(agent: Agent) -> None:
+    agent.token_version += 1
+    db.session.execute(sa.delete(RefreshFamily).where(RefreshFamily.agent_pk == agent.pk))
+
+
+def _live_secrets(agent: Agent) -> sa.Select[ClientSecret]:
+    return sa.select(ClientSecret).where(ClientSecret.agent_pk == agent.pk, ClientSecret.live(clock.now()))
+
+
+def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
+    now = clock.now()
+    filters: list[sa.ColumnElement[bool]] = []
+    if query["after"] is not None:
+        filters.append(Agent.pk < query["after"])
+    if query["is_active"] is not None:
+        filters.append(Agent.live(now) if query["is_active"] else sa.not_(Agent.live(now)))
+    if query["scope"] is not None:
+        held = " " + sa.type_coerce(Agent.scopes, sa.Text) + " "
+        filters.append(sa.func.instr(held, f" {query['scope']} ") > 0)
+    if query["owner"] is not None:
+        filters.append(Agent.owner == query["owner"])
+    if query["stale_days"] is not None:
+        since = now - timedelta(days=query["stale_days"])
+        filters.append(sa.func.coalesce(Agent.last_activity_at, Agent.created_at) < since)
+    if query["q"] is not None:
+        columns = (Agent.name, Agent.description, Agent.owner, Agent.client_id)
+        filters.append(sa.or_(*(column.icontains(query["q"], autoescape=True) for column in columns)))
+    return filters
+
+
+def _rotations(agent: Agent) -> Sequence[Rotation]:
+    statement = sa.select(Rotation).where(Rotation.agent_pk == agent.pk).order_by(Rotation.pk.desc())
+    return db.session.scalars(statement.limit(ROTATIONS_SHOWN)).all()
+
+
+def _daily_usage(agent: Agent) -> list[UsageDay]:
+    """The last thirty days, today last, the idle ones with zeros."""
+    today = clock.now().date()
+    days = [today - timedelta(days=back) for back in range(USAGE_DAYS - 1, -1, -1)]
+    statement = sa.select(UsageDay).where(UsageDay.agent_pk == agent.pk, UsageDay.day >= days[0])
+    used = {row.day: row for row in db.session.scalars(statement)}
+    return [used.get(day) or UsageDay(day=day, tokens_issued=0, tokens_refreshed=0) for day in days]

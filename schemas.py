@@ -1,0 +1,298 @@
+"""What may come in and what goes out: every body, query and answer as a Marshmallow schema."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from joserfc.jwk import import_key
+from marshmallow import Schema, ValidationError, fields, pre_load, validates_schema
+from marshmallow.validate import ContainsNoneOf, Length, OneOf, Range, Regexp
+
+import clock
+from config import DAY
+from wire import is_text
+
+CENTURY = 36_525 * DAY
+PAGE_SIZE_MAX = 200
+
+# What RS256 and PS256, ES256, and EdDSA sign with.
+_ASSERTION_KEYS = {("RSA", None), ("EC", "P-256"), ("OKP", "Ed25519")}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Text(fields.String):
+    """A string of `min` to `max` characters that are not all spaces; one line unless `lines`."""
+
+    def __init__(self, *, max: int, min: int = 1, lines: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.validators = [Length(min=min, max=max), *self.validators]
+        self._lines = lines
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        if text is None or not is_text(text):
+            raise ValidationError("Must be Unicode text without NUL characters.")
+        if _CONTROL.search(re.sub(r"[\t\n\r]", "", text) if self._lines else text):
+            raise ValidationError("Must not hold control characters.")
+        if text and text.isspace():
+            raise ValidationError("Must not be blank.")
+        return text
+
+
+class Whole(fields.Integer):
+    """A JSON integer: 1, but neither 1.0, "1" nor true."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
+class Flag(fields.Boolean):
+    """A JSON boolean: true, but neither 1 nor "yes"."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Timestamp(fields.Field[datetime]):
+    """RFC 3339 UTC with `Z`, whole seconds."""
+
+    def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
+        return None if value is None else value.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _no_repeats(values: list[str]) -> None:
+    if len(set(values)) < len(values):
+        raise ValidationError("Must not repeat a value.")
+
+
+def _scope() -> Text:
+    return Text(
+        max=128,
+        validate=Regexp(r"[\x21\x23-\x5b\x5d-\x7e]+\Z", error="Not a scope token (RFC 6749 §3.3)."),
+    )
+
+
+def _audience() -> Text:
+    # RFC 8707 §2: a resource is an absolute URI without a fragment; plain names are let through too.
+    return Text(
+        max=255,
+        validate=[
+            Regexp(r"[\x21-\x7e]+\Z", error="Must be printable ASCII without spaces."),
+            ContainsNoneOf('#"\\<>', error="Must be an absolute URI without a fragment, or a plain name."),
+        ],
+    )
+
+
+class PublicKeys(fields.Field[dict[str, Any]]):
+    """A JWK set (RFC 7517 §5) of 1 to 8 public keys that `private_key_jwt` can use."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or set(value) != {"keys"} or not isinstance(value["keys"], list):
+            raise ValidationError('Must be a JWK set: {"keys": [...]}.')
+        if not 1 <= len(value["keys"]) <= 8:
+            raise ValidationError("Must hold 1 to 8 keys.")
+        return {"keys": [_public_jwk(jwk) for jwk in value["keys"]]}
+
+
+def _public_jwk(jwk: Any) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings(action="error"):  # joserfc only warns of short RSA keys
+            key = import_key(jwk)
+        parsed: dict[str, Any] = dict(key.as_dict())
+    except Exception:  # cryptography and joserfc raise many kinds for a bad key
+        raise ValidationError("Holds a key that cannot be read, or an RSA key under 2048 bits.") from None
+    # RFC 7517 §9.2: a private or symmetric key has no business here.
+    if key.key_type == "oct" or key.is_private:
+        raise ValidationError("Holds a private or symmetric key: send public keys only.")
+    if (key.key_type, parsed.get("crv")) not in _ASSERTION_KEYS or parsed.get("use", "sig") != "sig":
+        raise ValidationError("Keys must be for signatures: RSA, EC P-256 or OKP Ed25519.")
+    return parsed
+
+
+class AgentFields(Schema):
+    """What an operator may say of an agent."""
+
+    name = Text(max=128)
+    description = Text(min=0, max=1024, lines=True, allow_none=True)
+    owner = Text(min=0, max=256, allow_none=True)
+    scopes = fields.List(_scope(), validate=[Length(max=64), _no_repeats])
+    audiences = fields.List(_audience(), validate=[Length(max=16), _no_repeats])
+    metadata = fields.Dict(
+        keys=Text(max=64),
+        values=Text(min=0, max=512, lines=True),
+        validate=Length(max=32),
+        attribute="metadata_",
+    )
+    token_ttl = Whole(validate=Range(1, DAY), allow_none=True)
+    rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True)
+    expires_in = Whole(validate=Range(1, CENTURY), allow_none=True)
+    jwks = PublicKeys(allow_none=True)
+
+
+class AgentCreate(AgentFields):
+    """`POST /api/agents`."""
+
+    name = Text(max=128, required=True)
+    token_endpoint_auth_method = fields.String(
+        load_default="client_secret_basic",
+        validate=OneOf(["client_secret_basic", "client_secret_post", "private_key_jwt"]),
+    )
+
+    @validates_schema
+    def _needs_keys(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        if data["token_endpoint_auth_method"] == "private_key_jwt" and not data.get("jwks"):
+            raise ValidationError("private_key_jwt needs the agent's public keys.", "jwks")
+
+
+class AgentUpdate(AgentFields):
+    """`PATCH /api/agents/{id}`: what is left out stays as it is."""
+
+
+class AgentQuery(Schema):
+    """`GET /api/agents`: filters, and the page wanted."""
+
+    limit = fields.Integer(load_default=50, validate=Range(1, PAGE_SIZE_MAX))
+    after = fields.Integer(load_default=None, validate=Range(1, 2**63 - 1))
+    is_active = fields.Boolean(load_default=None)
+    scope = Text(max=128, load_default=None)
+    owner = Text(max=256, load_default=None)
+    stale_days = fields.Integer(load_default=None, validate=Range(1, 36_525))
+    q = Text(max=128, load_default=None)
+
+    @pre_load
+    def _drop_empty(self, data: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
+        # An empty filter, as forms and templates send them, filters nothing.
+        return {name: data[name] for name in data if data[name]}
+
+
+class Nothing(Schema):
+    """A call that takes no fields: an absent or an empty body."""
+
+
+class Rotate(Schema):
+    """How to rotate a client secret."""
+
+    grace_period = Whole(load_default=0, validate=Range(0, DAY))
+    revoke_tokens = Flag(load_default=False)
+
+
+class Action(Schema):
+    """`POST /api/agents/{id}`: an action by its name; the other fields belong to `rotate`."""
+
+    action = fields.String(required=True, validate=OneOf(["rotate", "deactivate", "reactivate"]))
+    grace_period = Whole(validate=Range(0, DAY))
+    revoke_tokens = Flag()
+
+    @validates_schema
+    def _only_rotate_has_options(self, data: Mapping[str, Any], **kwargs: Any) -> None:
+        for name in set(data) - {"action"}:
+            if data["action"] != "rotate":
+                raise ValidationError("Only rotate takes this.", name)
+
+
+class Agent(Schema):
+    """An agent, as everybody who may see it sees it: never a hash."""
+
+    id = fields.String()
+    name = fields.String()
+    description = fields.String()
+    owner = fields.String()
+    client_id = fields.String()
+    scopes = fields.List(fields.String())
+    audiences = fields.List(fields.String())
+    metadata = fields.Dict(attribute="metadata_")
+    # An agent past its time is treated as deactivated, so that is what it looks like.
+    is_active = fields.Function(lambda agent: agent.is_live(clock.now()))
+    token_ttl = fields.Integer()
+    rate_limit = fields.Integer()
+    token_endpoint_auth_method = fields.String()
+    created_at = Timestamp()
+    updated_at = Timestamp()
+    expires_at = Timestamp()
+    token_count = fields.Integer()
+    refresh_count = fields.Integer()
+    last_activity_at = Timestamp()
+    last_token_issued_at = Timestamp()
+
+
+class AgentAnswer(Schema):
+    """`{agent}`."""
+
+    agent = fields.Nested(Agent)
+
+
+class AgentCreated(AgentAnswer):
+    """The only answer, with a rotation's, that ever holds a client secret."""
+
+    client_id = fields.String()
+    client_secret = fields.String()
+
+
+class AgentPage(Schema):
+    """A page of agents; `next` is the `after` of the next page, or null."""
+
+    agents = fields.List(fields.Nested(Agent))
+    next = fields.String()
+
+
+class AgentDeactivated(AgentAnswer):
+    """An agent's farewell."""
+
+    message = fields.String()
+    agent = fields.Nested(Agent)
+
+
+class Rotated(Schema):
+    """The new client secret, shown this once."""
+
+    client_secret = fields.String()
+
+
+class Secret(Schema):
+    """A client secret, without its text."""
+
+    id = fields.String()
+    hint = fields.String()
+    created_at = Timestamp()
+    expires_at = Timestamp()
+    last_used_at = Timestamp()
+
+
+class Secrets(Schema):
+    """The live secrets of an agent, newest first."""
+
+    secrets = fields.List(fields.Nested(Secret))
+
+
+class RotationRecord(Schema):
+    """When a secret was rotated, and by whom: `self` or `admin`."""
+
+    rotated_at = Timestamp()
+    rotated_by = fields.String()
+
+
+class DailyUsage(Schema):
+    """An agent's day (UTC)."""
+
+    date = fields.Date(attribute="day")
+    tokens_issued = fields.Integer()
+    tokens_refreshed = fields.Integer()
+
+
+class Usage(Schema):
+    """What an agent did: totals, rotations newest first, thirty days oldest first."""
+
+    token_count = fields.Integer()
+    refresh_count = fields.Integer()
+    last_activity_at = Timestamp()
+    last_token_issued_at = Timestamp()
+    rotation_history = fields.List(fields.Nested(RotationRecord))
+    daily = fields.List(fields.Nested(DailyUsage))
