@@ -1,0 +1,40 @@
+# Everything a day with Lanyard needs: `make help` lists it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help run install test check
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+run: .venv/installed ## start Lanyard for this machine: http://localhost:8080, no credentials to manage it
+	@LANYARD_LOCAL=1 exec $(BIN)/gunicorn wsgi:app
+
+install: .venv/installed ## make .venv with what Lanyard needs
+
+test: .venv/installed-dev ## run the tests
+	@$(BIN)/pytest
+
+check: .venv/installed-dev ## lint, format, types, and known holes in the dependencies
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	@audit=$$($(BIN)/pip-audit --progress-spinner off -r requirements.txt 2>&1); \
+	case "$$?:$$audit" in \
+	*Found*vulnerabilit*) echo "$$audit"; exit 1 ;; \
+	0:*"could not be audited"* | [1-9]*) echo "pip-audit could not look up every dependency here." ;; \
+	*) echo "No dependency has a known hole." ;; \
+	esac
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lanyard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	@$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@

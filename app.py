@@ -1,0 +1,155 @@
+"""Lanyard: the application factory, the service routes, the one error shape; `python app.py` serves it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import sqlalchemy as sa
+from authlib.oauth2 import OAuth2Error
+from flask import Flask, Response, jsonify
+from flask_smorest import Api, Blueprint
+from sqlalchemy.exc import OperationalError
+from werkzeug.exceptions import HTTPException
+
+import access
+import agents
+import bearer
+import credentials
+import keys
+import models
+import oauth
+from config import HERE, VERSION, Settings
+from wire import MAX_BODY, Problem
+
+log = logging.getLogger("lanyard")
+
+service = Blueprint("service", __name__, description="The service itself")
+
+# RFC 6749 names the OAuth codes; these are for what HTTP itself refuses.
+_HTTP_ERRORS = {
+    404: ("not_found", "There is nothing at this address."),
+    405: ("method_not_allowed", "This address does not answer this method."),
+    413: ("payload_too_large", f"A body may hold at most {MAX_BODY} bytes."),
+    415: ("unsupported_media_type", "Send the body as application/json."),
+}
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The WSGI app. On its first start it makes the database, the signing key and the admin token.
+
+    :raises SettingError: when an environment variable will not do.
+    """
+    settings = settings or Settings.from_env()
+    app = Flask(__name__, static_folder=None, instance_path=str(settings.instance))
+    app.config.update(
+        LANYARD=settings,
+        MAX_CONTENT_LENGTH=MAX_BODY + 1,
+        PROVIDE_AUTOMATIC_OPTIONS=False,
+        API_TITLE="Lanyard",
+        API_VERSION=VERSION,
+        OPENAPI_VERSION="3.1.0",
+    )
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # a redirect would answer HTML
+    credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
+    models.init_database(app, settings, fill=keys.ensure_signing_key)
+    access.init_app(app, settings)
+    bearer.init_app(app, settings)
+    oauth.init_app(app, settings)
+    _register_routes(app)
+    _register_error_handlers(app)
+    app.after_request(_do_not_store)
+    return app
+
+
+@service.get("/")
+def about() -> dict[str, Any]:
+    """Name, version, links."""
+    return {
+        "name": "Lanyard",
+        "version": VERSION,
+        "links": {
+            "agents": "/api/agents",
+            "token": "/oauth/token",
+            "refresh": "/oauth/refresh",
+            "jwks": "/.well-known/jwks.json",
+            "health": "/health",
+            "ready": "/health/ready",
+        },
+    }
+
+
+@service.get("/health")
+def health() -> dict[str, str]:
+    """Answers while the process lives."""
+    return {"status": "ok"}
+
+
+@service.get("/health/ready")
+def ready() -> dict[str, str]:
+    """Answers 200 when the database gives a write lock and there is a key to sign with."""
+    with models.writing(durable=False) as connection:
+        if connection.scalar(sa.select(models.SigningKey.kid).limit(1)) is None:
+            raise Problem(503, "temporarily_unavailable", "There is no signing key.")
+    return {"status": "ready"}
+
+
+def _register_routes(app: Flask) -> None:
+    api = Api(app)
+    for blueprint in (service, oauth.blueprint, agents.management, agents.self_service):
+        api.register_blueprint(blueprint)
+
+
+def _register_error_handlers(app: Flask) -> None:
+    app.register_error_handler(Problem, _answer_problem)
+    app.register_error_handler(OAuth2Error, _answer_oauth_error)
+    app.register_error_handler(HTTPException, _answer_http_error)
+    app.register_error_handler(OperationalError, _answer_database_error)
+    app.register_error_handler(Exception, _answer_crash)
+
+
+def _answer_problem(problem: Problem) -> Response:
+    response = jsonify(problem.body)
+    response.status_code = problem.status
+    response.headers.extend(problem.headers)
+    return response
+
+
+def _answer_oauth_error(error: OAuth2Error) -> Response:
+    description = error.get_error_description()
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    return _answer_problem(Problem(error.status_code, error.error, description, headers=headers))
+
+
+def _answer_http_error(error: HTTPException) -> Response:
+    code = error.code or 500
+    name, text = _HTTP_ERRORS.get(code, ("invalid_request", "The request cannot be understood."))
+    headers = {key: value for key, value in error.get_headers() if key == "Allow"}
+    return _answer_problem(Problem(code, name, text, headers=headers))
+
+
+def _answer_database_error(error: OperationalError) -> Response:
+    if not models.may_pass(error):
+        return _answer_crash(error)
+    log.error("The database does not answer: %s", error.orig)
+    text = "The database does not answer just now. Try again shortly."
+    return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
+
+
+def _answer_crash(error: Exception) -> Response:
+    log.error("A request crashed.", exc_info=error)
+    return _answer_problem(Problem(500, "server_error", "Lanyard failed to answer. Its log says why."))
+
+
+def _do_not_store(response: Response) -> Response:
+    # RFC 6749 §5.1 for tokens; agents and secrets are nobody's to keep either.
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+if __name__ == "__main__":
+    os.chdir(HERE)
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", "wsgi:app"])  # noqa: S606 - nothing in it is input
