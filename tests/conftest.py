@@ -1,0 +1,211 @@
+"""What the tests share: an app on a database file of its own, callers, a clock that moves, a real server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+import clock
+from app import create_app
+from config import HERE, Settings
+
+ADMIN_TOKEN = "the-operators-token-of-the-tests"
+OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+
+@pytest.fixture(scope="session")
+def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database after its first start; making a signing key takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("first-start")
+    create_app(settings_for(folder))
+    return folder / "lanyard.db"
+
+
+def settings_for(folder: Path, **variables: str) -> Settings:
+    """Settings for an instance in `folder`, cheap in bcrypt."""
+    env = {"INSTANCE": str(folder), "ADMIN_TOKEN": ADMIN_TOKEN, "BCRYPT_COST": "4", **variables}
+    return Settings.from_env({f"LANYARD_{name}": value for name, value in env.items()})
+
+
+@pytest.fixture
+def make_app(tmp_path: Path, first_start: Path) -> Callable[..., Flask]:
+    """Make an app with the settings given, on a database of this test's own."""
+
+    def make(**variables: str) -> Flask:
+        folder = tmp_path / "instance"
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(first_start, folder)
+        return create_app(settings_for(folder, **variables))
+
+    return make
+
+
+@pytest.fixture
+def app(make_app: Callable[..., Flask]) -> Flask:
+    return make_app()
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """Anyone."""
+    return app.test_client()
+
+
+class Operator:
+    """The operator: calls the management API with the admin token."""
+
+    def __init__(self, app: Flask) -> None:
+        self.client = app.test_client()
+
+    def call(self, method: str, path: str = "", **kwargs: Any) -> TestResponse:
+        return self.client.open(f"/api/agents{path}", method=method, headers=OPERATOR, **kwargs)
+
+    def create(self, **fields: Any) -> dict[str, Any]:
+        response = self.call("POST", json={"name": "an agent", "scopes": ["read", "write"], **fields})
+        assert response.status_code == 201, response.text
+        return dict(response.json or {})
+
+    def get(self, agent: Mapping[str, Any]) -> dict[str, Any]:
+        answer = self.call("GET", f"/{agent['agent']['id']}").json
+        assert answer
+        return dict(answer["agent"])
+
+    def act(self, agent: Mapping[str, Any], action: str, **fields: Any) -> TestResponse:
+        return self.call("POST", f"/{agent['agent']['id']}", json={"action": action, **fields})
+
+    def patch(self, agent: Mapping[str, Any], **fields: Any) -> TestResponse:
+        return self.call("PATCH", f"/{agent['agent']['id']}", json=fields)
+
+
+@pytest.fixture
+def operator(app: Flask) -> Operator:
+    return Operator(app)
+
+
+@pytest.fixture
+def agent(operator: Operator) -> dict[str, Any]:
+    """A registered agent: `{agent, client_id, client_secret}`."""
+    return operator.create()
+
+
+@pytest.fixture
+def token(client: FlaskClient, agent: dict[str, Any]) -> dict[str, Any]:
+    """The agent's first token answer."""
+    return dict(ask_token(client, agent).json or {})
+
+
+def ask_token(client: FlaskClient, agent: Mapping[str, Any], **fields: Any) -> TestResponse:
+    """A token request with the agent's secret; `fields` are added or replace others."""
+    body = {
+        "grant_type": "client_credentials",
+        "client_id": agent["client_id"],
+        "client_secret": agent["client_secret"],
+        **fields,
+    }
+    return client.post("/oauth/token", json=body)
+
+
+def ask_refresh(client: FlaskClient, refresh_token: str, **fields: Any) -> TestResponse:
+    return client.post("/oauth/refresh", json={"refresh_token": refresh_token, **fields})
+
+
+def bearer(token: Mapping[str, Any]) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token['access_token']}"}
+
+
+class Clock:
+    """The test's hand on the one clock."""
+
+    def __init__(self) -> None:
+        self.moment = clock.now()
+
+    def now(self) -> datetime:
+        return self.moment
+
+    def advance(self, **by: float) -> None:
+        self.moment += timedelta(**by)
+
+
+@pytest.fixture
+def time_machine(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Stops the clock; `advance(days=1)` moves it."""
+    hand = Clock()
+    monkeypatch.setattr(clock, "now", hand.now)
+    return hand
+
+
+class Server:
+    """Real gunicorn on a free port, started as a user would."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        program: tuple[str, ...] = ("-m", "gunicorn", "wsgi:app"),
+        **variables: str,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+        self.instance = folder / "instance"
+        env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **variables}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, *arguments],
+                cwd=HERE,
+                env={**os.environ, **{f"LANYARD_{name}": value for name, value in env.items()}},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self) -> Server:
+        """Return when it answers; fail when it does not within 20 seconds."""
+        until = time.monotonic() + 20
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                requests.get(f"{self.url}/health", timeout=1)
+                return self
+            except requests.ConnectionError:
+                time.sleep(0.05)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
+
+    def stop(self) -> str:
+        """Stop it gracefully; returns its log."""
+        self.process.terminate()
+        self.process.wait(20)
+        return self.log.read_text()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a real server with the arguments and settings given; it stops after the test."""
+    running: list[Server] = []
+
+    def start(*arguments: str, **variables: Any) -> Server:
+        running.append(Server(tmp_path, *arguments, **{"BCRYPT_COST": "4", **variables}))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()

@@ -1,0 +1,116 @@
+"""Settings: typed, checked at start, one clear sentence for a bad one."""
+
+from pathlib import Path
+
+import pytest
+
+from config import SettingError, Settings, unknown_names
+
+
+def read(**variables: str) -> Settings:
+    return Settings.from_env({f"LANYARD_{name}": value for name, value in variables.items()})
+
+
+def test_defaults_serve_this_machine_and_keep_the_management_api_shut() -> None:
+    settings = read()
+    assert (settings.host, settings.port, settings.local) == ("127.0.0.1", 8080, False)
+    assert (settings.issuer, settings.audience) == ("http://localhost:8080", "http://localhost:8080")
+    assert (settings.access_token_ttl, settings.refresh_token_ttl) == (3600, 7 * 86_400)
+    assert (settings.signing_alg, settings.bcrypt_cost, settings.trusted_proxies) == ("RS256", 10, 0)
+
+
+def test_every_setting_is_read(tmp_path: Path) -> None:
+    settings = read(
+        INSTANCE=str(tmp_path),
+        DATABASE_URL=f"sqlite:///{tmp_path}/other.db",
+        HOST="0.0.0.0",  # noqa: S104 - nothing listens
+        PORT="9000",
+        ADMIN_TOKEN="sixteen-chars-ok",
+        ISSUER="https://id.example.com/lanyard",
+        AUDIENCE="my-api",
+        ACCESS_TOKEN_TTL="60",
+        REFRESH_TOKEN_TTL="120",
+        SIGNING_ALG="ES256",
+        BCRYPT_COST="12",
+        WORKERS="3",
+        THREADS="5",
+        TRUSTED_PROXIES="1",
+    )
+    assert settings.database_file == tmp_path / "other.db"
+    assert (settings.instance, settings.host, settings.port) == (tmp_path, "0.0.0.0", 9000)  # noqa: S104
+    assert settings.admin_token == "sixteen-chars-ok"
+    assert (settings.issuer, settings.audience) == ("https://id.example.com/lanyard", "my-api")
+    assert (settings.access_token_ttl, settings.refresh_token_ttl, settings.signing_alg) == (60, 120, "ES256")
+    assert (settings.bcrypt_cost, settings.workers, settings.threads, settings.trusted_proxies) == (
+        12,
+        3,
+        5,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "eighty"),
+        ("PORT", "0"),
+        ("PORT", "65536"),
+        ("PORT", "٨٠٨٠"),
+        ("LOCAL", "yes"),
+        ("HOST", "not a host"),
+        ("ADMIN_TOKEN", "short"),
+        ("ADMIN_TOKEN", "sixteen chars and spaces"),
+        ("ISSUER", "id.example.com"),
+        ("ISSUER", "http://id.example.com"),
+        ("ISSUER", "https://id.example.com/?tenant=1"),
+        ("ISSUER", "https://id.example.com/#top"),
+        ("ISSUER", "https://user:pw@id.example.com"),
+        ("ISSUER", "https://[id.example.com"),
+        ("AUDIENCE", "two words"),
+        ("ACCESS_TOKEN_TTL", "0"),
+        ("ACCESS_TOKEN_TTL", "86401"),
+        ("REFRESH_TOKEN_TTL", "-1"),
+        ("SIGNING_ALG", "HS256"),
+        ("BCRYPT_COST", "3"),
+        ("WORKERS", "1.5"),
+        ("THREADS", "0"),
+        ("TRUSTED_PROXIES", "many"),
+        ("DATABASE_URL", "postgresql://localhost/lanyard"),
+        ("DATABASE_URL", "sqlite:///relative.db"),
+        ("DATABASE_URL", "sqlite:///:memory:"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_that_names_the_variable(name: str, value: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read(**{name: value})
+    assert f"LANYARD_{name} must" in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_bad_admin_token_is_not_repeated() -> None:
+    with pytest.raises(SettingError) as caught:
+        read(ADMIN_TOKEN="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_admin_token_is_not_in_the_settings_repr() -> None:
+    assert "sixteen-chars-ok" not in repr(read(ADMIN_TOKEN="sixteen-chars-ok"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.0.7", "::1", "localhost"])  # noqa: S104
+def test_local_mode_refuses_any_host_but_127_0_0_1(host: str) -> None:
+    with pytest.raises(SettingError, match=r"LANYARD_HOST must be 127\.0\.0\.1"):
+        read(LOCAL="1", HOST=host)
+
+
+def test_local_mode_trusts_no_proxy() -> None:
+    with pytest.raises(SettingError, match="LANYARD_TRUSTED_PROXIES must be 0"):
+        read(LOCAL="1", TRUSTED_PROXIES="1")
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert read(PORT="", ISSUER=" ").port == 8080
+
+
+def test_misspelt_settings_are_found() -> None:
+    assert unknown_names({"LANYARD_PROT": "80", "LANYARD_PORT": "80", "HOME": "/"}) == ["LANYARD_PROT"]

@@ -1,0 +1,110 @@
+"""Secrets: their form, their hashes, and the memory of verified ones."""
+
+import re
+
+import bcrypt
+import pytest
+
+import credentials
+from credentials import SecretChecker
+
+
+@pytest.fixture
+def checker() -> SecretChecker:
+    return SecretChecker(cost=4)
+
+
+def test_a_client_secret_has_a_hint_and_fits_into_bcrypt(checker: SecretChecker) -> None:
+    secret = checker.make()
+    assert re.fullmatch(r"cs_[A-Za-z0-9_-]{57}", secret.text)
+    assert secret.text[3:11] == secret.hint == credentials.client_secret_hint(secret.text)
+    assert len(secret.text) <= 72
+
+
+def test_client_ids_and_refresh_tokens_carry_their_prefix() -> None:
+    assert re.fullmatch(r"cid_[A-Za-z0-9_-]{22}", credentials.new_client_id())
+    assert re.fullmatch(r"rt_[A-Za-z0-9_-]{65}", credentials.new_refresh_token())
+
+
+def test_the_next_refresh_token_names_the_same_family() -> None:
+    first = credentials.new_refresh_token()
+    family = credentials.refresh_token_family(first)
+    following = credentials.new_refresh_token(family)
+    assert credentials.refresh_token_family(following) == family
+    assert following != first
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: "",
+        lambda text: text[:-1],
+        lambda text: text + "A",
+        lambda text: text[:20] + ("A" if text[20] != "A" else "B") + text[21:],
+        lambda text: "xx_" + text[3:],
+        lambda text: text[:-1] + "é",
+        lambda text: text + "\n",
+    ],
+    ids=["empty", "short", "long", "one letter wrong", "wrong prefix", "not ASCII", "newline"],
+)
+def test_a_malformed_client_secret_has_no_hint(checker: SecretChecker, spoil: object) -> None:
+    assert callable(spoil)
+    assert credentials.client_secret_hint(spoil(checker.make().text)) is None
+
+
+def test_a_secret_matches_its_own_hash_only(checker: SecretChecker) -> None:
+    one, other = checker.make(), checker.make()
+    assert checker.check(one.text, one.hash)
+    assert not checker.check(other.text, one.hash)
+    assert not checker.check(one.text, None)
+
+
+@pytest.fixture
+def bcrypt_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every hash that bcrypt is really asked about."""
+    asked: list[bytes] = []
+    real = bcrypt.checkpw
+
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        asked.append(hashed)
+        return real(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    return asked
+
+
+def test_a_verified_secret_costs_bcrypt_once(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
+    secret = checker.make()
+    assert checker.check(secret.text, secret.hash)
+    assert checker.check(secret.text, secret.hash)
+    assert len(bcrypt_checks) == 1
+
+
+def test_a_wrong_secret_costs_bcrypt_every_time(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
+    secret, wrong = checker.make(), checker.make()
+    checker.check(secret.text, secret.hash)
+    assert not checker.check(wrong.text, secret.hash)
+    assert not checker.check(wrong.text, secret.hash)
+    assert len(bcrypt_checks) == 3
+
+
+def test_an_unknown_client_costs_the_same_bcrypt(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
+    secret = checker.make()
+    checker.check(secret.text, None)
+    assert [hashed[:7] for hashed in bcrypt_checks] == [secret.hash[:7]]
+
+
+def test_the_memory_is_bounded(bcrypt_checks: list[bytes]) -> None:
+    checker = SecretChecker(cost=4, size=2)
+    made = [checker.make() for _ in range(3)]
+    for secret in made:
+        checker.check(secret.text, secret.hash)
+    checker.check(made[2].text, made[2].hash)
+    assert len(bcrypt_checks) == 3
+    checker.check(made[0].text, made[0].hash)
+    assert len(bcrypt_checks) == 4
+
+
+def test_comparison_takes_strings_of_any_length() -> None:
+    assert credentials.same("token", "token")
+    assert not credentials.same("token", "token longer")

@@ -1,0 +1,189 @@
+"""The database: its file, its pragmas, its transactions, and what is in it in clear."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from conftest import Operator, ask_refresh, ask_token, settings_for
+from flask import Flask
+from flask.testing import FlaskClient
+
+import models
+from app import create_app
+from models import Agent, SigningKey, db, writing
+
+
+def pragma(name: str) -> Any:
+    return db.session.scalar(sa.text(f"PRAGMA {name}"))
+
+
+def test_the_pragmas_are_as_designed(app: Flask) -> None:
+    with app.app_context():
+        assert pragma("journal_mode") == "wal"
+        assert pragma("foreign_keys") == 1
+        assert pragma("busy_timeout") == 5000
+        assert pragma("synchronous") == 2
+
+
+def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
+    with app.app_context():
+        for durable, level in ((False, 1), (True, 2), (False, 1)):
+            with writing(durable=durable) as connection:
+                assert connection.scalar(sa.text("PRAGMA synchronous")) == level
+
+
+@pytest.fixture
+def synchronous_levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which level each write transaction commits with."""
+    levels: list[str] = []
+    real = models._on_begin
+
+    def on_begin(connection: sa.Connection) -> None:
+        real(connection)
+        if level := connection.get_execution_options().get("write"):
+            levels.append(level)
+
+    monkeypatch.setattr(models, "_on_begin", on_begin)
+    return levels
+
+
+def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
+    synchronous_levels: list[str], make_app: Callable[..., Flask]
+) -> None:
+    app = make_app()
+    operator, client = Operator(app), app.test_client()
+    synchronous_levels.clear()
+    agent = operator.create()
+    token = ask_token(client, agent).json
+    ask_refresh(client, token["refresh_token"])
+    ask_refresh(client, token["refresh_token"])  # a reuse, which ends the family
+    new = operator.act(agent, "rotate").json
+    client.delete("/api/agents/me", headers={"Authorization": f"Bearer {token['access_token']}"})
+    assert new
+    assert synchronous_levels == ["FULL", "NORMAL", "FULL", "FULL", "FULL", "FULL"]
+
+
+def lock(folder: Path) -> sqlite3.Connection:
+    """Another process's write lock, as far as SQLite can tell; `close()` ends it."""
+    path = folder / "instance" / "lanyard.db"
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN IMMEDIATE")
+    return connection
+
+
+def test_a_write_waits_for_another_instead_of_failing(app: Flask, tmp_path: Path) -> None:
+    other = lock(tmp_path)
+    release = threading.Timer(0.3, other.close)
+    release.start()
+    assert Operator(app).call("POST", json={"name": "x"}).status_code == 201
+    release.join()
+
+
+def test_a_database_locked_for_long_is_a_503(
+    make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0.05)
+    operator = Operator(make_app())
+    other = lock(tmp_path)
+    refused = operator.call("POST", json={"name": "x"})
+    assert (refused.status_code, refused.json["error"]) == (503, "temporarily_unavailable")
+    assert refused.headers["Retry-After"] == "1"
+    assert operator.client.get("/health/ready").status_code == 503
+    assert operator.call("GET").status_code == 200, "reading goes on"
+    other.close()
+    assert operator.call("POST", json={"name": "x"}).status_code == 201
+
+
+def test_an_error_rolls_everything_back(app: Flask) -> None:
+    with app.app_context():
+        with pytest.raises(RuntimeError), writing() as connection:
+            connection.execute(sa.update(SigningKey).values(alg="none"))
+            raise RuntimeError
+        assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["RS256"]
+
+
+def test_deleting_an_agent_leaves_nothing_of_it(
+    app: Flask, client: FlaskClient, operator: Operator, agent: dict[str, Any]
+) -> None:
+    ask_token(client, agent)
+    operator.act(agent, "rotate")
+    operator.call("DELETE", f"/{agent['agent']['id']}")
+    with app.app_context():
+        for table in models.Base.metadata.sorted_tables:
+            left = db.session.scalar(sa.select(sa.func.count()).select_from(table))
+            assert (table.name, left) == (table.name, 1 if table.name == "signing_keys" else 0)
+
+
+def test_the_number_of_a_deleted_agent_is_never_given_again(app: Flask, operator: Operator) -> None:
+    pks = []
+    for _ in range(2):
+        agent = operator.create()
+        with app.app_context():
+            pks.append(db.session.scalar(sa.select(Agent.pk)))
+        operator.call("DELETE", f"/{agent['agent']['id']}")
+    assert pks[1] > pks[0]
+
+
+def test_the_files_are_their_owners_only(tmp_path: Path) -> None:
+    os.umask(0o022)
+    folder = tmp_path / "made" / "by lanyard"
+    app = create_app(settings_for(folder))
+    with app.app_context():
+        pragma("user_version")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert set(modes) == {"lanyard.db", "lanyard.db-wal", "lanyard.db-shm", "lanyard.db.lock"}
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_no_secret_or_token_is_in_the_files_in_clear(
+    client: FlaskClient, operator: Operator, tmp_path: Path
+) -> None:
+    agent = operator.create()
+    secrets = [agent["client_secret"], operator.act(agent, "rotate", grace_period=60).json["client_secret"]]
+    token = ask_token(client, agent).json
+    newest = ask_refresh(client, token["refresh_token"]).json
+    files = b"".join(path.read_bytes() for path in (tmp_path / "instance").iterdir())
+    assert agent["client_id"].encode() in files, "this is the file, and it is readable"
+    for secret in secrets:
+        assert secret[11:].encode() not in files
+    for answer in (token, newest):
+        assert answer["refresh_token"][25:].encode() not in files
+        assert answer["access_token"].encode() not in files
+        assert answer["access_token"].rsplit(".", 1)[1].encode() not in files
+
+
+def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
+    barrier.wait()
+    app = create_app(settings_for(folder, ADMIN_TOKEN=""))
+    with app.app_context():
+        kids.put((db.session.scalars(sa.select(SigningKey.kid)).all(), (folder / "admin_token").read_text()))
+
+
+def test_processes_that_start_together_make_one_key_and_one_admin_token(tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("spawn")
+    barrier, kids = processes.Barrier(4), processes.Queue()
+    started = [processes.Process(target=start_at_once, args=(tmp_path, barrier, kids)) for _ in range(4)]
+    for process in started:
+        process.start()
+    found = [kids.get(timeout=60) for _ in started]
+    for process in started:
+        process.join(20)
+    assert [process.exitcode for process in started] == [0] * 4
+    assert len(found[0][0]) == 1
+    assert all(one == found[0] for one in found)
+
+
+def test_no_connection_crosses_a_fork(app: Flask) -> None:
+    with app.app_context():
+        assert isinstance(db.engine.pool, sa.QueuePool)
+        assert db.engine.pool.checkedin() == 0

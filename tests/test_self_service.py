@@ -1,0 +1,122 @@
+"""What an agent does for itself with its access token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Clock, Operator, ask_refresh, ask_token, bearer
+from flask.testing import FlaskClient
+
+
+def test_an_agent_sees_itself_as_the_operator_does(
+    client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    response = client.get("/api/agents/me", headers=bearer(token))
+    assert response.status_code == 200
+    assert response.json == {"agent": operator.get(agent)}
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_usage_counts_tokens_refreshes_and_the_days(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    first = ask_token(client, agent).json
+    time_machine.advance(days=1)
+    ask_token(client, agent)
+    last = ask_refresh(client, first["refresh_token"]).json
+    usage = client.get("/api/agents/me/usage", headers=bearer(last)).json
+    now = time_machine.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert (usage["token_count"], usage["refresh_count"]) == (2, 1)
+    assert (usage["last_activity_at"], usage["last_token_issued_at"]) == (now, now)
+    assert len(usage["daily"]) == 30
+    assert usage["daily"][-1] == {"date": now[:10], "tokens_issued": 1, "tokens_refreshed": 1}
+    assert (usage["daily"][-2]["tokens_issued"], usage["daily"][-2]["tokens_refreshed"]) == (1, 0)
+    assert all(day["tokens_issued"] == 0 for day in usage["daily"][:-2])
+    assert [day["date"] for day in usage["daily"]] == sorted({day["date"] for day in usage["daily"]})
+
+
+def test_the_usage_of_a_month_ago_leaves_the_series(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    ask_token(client, agent)
+    time_machine.advance(days=30)
+    token = ask_token(client, agent).json
+    usage = client.get("/api/agents/me/usage", headers=bearer(token)).json
+    assert sum(day["tokens_issued"] for day in usage["daily"]) == 1
+    assert usage["token_count"] == 2
+
+
+def test_usage_tells_who_rotated_newest_first(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    token = ask_token(client, agent).json
+    operator.act(agent, "rotate")
+    time_machine.advance(seconds=1)
+    client.post("/api/agents/me/rotate", headers=bearer(token))
+    history = client.get("/api/agents/me/usage", headers=bearer(token)).json["rotation_history"]
+    assert [entry["rotated_by"] for entry in history] == ["self", "admin"]
+    assert history[0]["rotated_at"] == time_machine.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_an_agent_rotates_its_own_secret(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    response = client.post("/api/agents/me/rotate", headers=bearer(token))
+    assert response.status_code == 200
+    assert set(response.json) == {"client_secret"}
+    assert ask_token(client, agent).status_code == 401
+    assert ask_token(client, {**agent, **response.json}).status_code == 200
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 200
+
+
+def test_an_agent_rotates_with_a_grace_period(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    response = client.post("/api/agents/me/rotate", headers=bearer(token), json={"grace_period": 60})
+    assert response.status_code == 200
+    assert ask_token(client, agent).status_code == 200
+
+
+def test_an_agent_that_leaked_its_tokens_ends_them_with_the_rotation(
+    client: FlaskClient, token: dict[str, Any]
+) -> None:
+    response = client.post("/api/agents/me/rotate", headers=bearer(token), json={"revoke_tokens": True})
+    assert response.status_code == 200
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+    assert ask_refresh(client, token["refresh_token"]).status_code == 400
+
+
+def test_an_agent_switches_itself_off_and_cannot_switch_itself_on(
+    client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    response = client.post("/api/agents/me/deactivate", headers=bearer(token))
+    assert response.status_code == 200
+    assert set(response.json) == {"message", "agent"}
+    assert response.json["agent"] == operator.get(agent)
+    assert response.json["agent"]["is_active"] is False
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+    path = f"/api/agents/{agent['agent']['id']}/reactivate"
+    assert client.post(path, headers=bearer(token)).status_code == 401
+    assert ask_token(client, agent).status_code == 401
+
+
+def test_an_agent_deletes_itself(
+    client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    assert client.delete("/api/agents/me", headers=bearer(token)).status_code == 204
+    assert operator.call("GET", f"/{agent['agent']['id']}").status_code == 404
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/rotate", "/deactivate"])
+def test_an_unknown_field_is_named_and_nothing_happens(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any], path: str
+) -> None:
+    response = client.post(f"/api/agents/me{path}", headers=bearer(token), json={"force": True})
+    assert response.status_code == 400
+    assert response.json["fields"] == {"force": ["Unknown field."]}
+    assert ask_token(client, agent).status_code == 200
