@@ -11,12 +11,16 @@ from flask import Flask, current_app, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import credentials
-from config import Settings, settings
+from config import Settings, check_admin_token, settings
 from wire import Problem, parse_authorization
 
 _EXTENSION = "lanyard.admin_token"
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
-_FORWARDING_HEADERS = {"forwarded", "via", "x-real-ip", "x-client-ip", "cf-connecting-ip", "true-client-ip"}
+_FORWARDING_HEADERS = re.compile(
+    r"forwarded|via|x-forwarded.*|x-original-.*|x-real-ip|(x-)?(cluster-)?client-ip"
+    r"|cf-connecting-ip|true-client-ip|fly-client-ip|x-envoy-external-address",
+    re.IGNORECASE,
+)
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -59,6 +63,8 @@ def _kept_admin_token(path: Path) -> str:
         draft = path.with_name(f".admin_token.{os.getpid()}")
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(credentials.new_admin_token() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -66,7 +72,7 @@ def _kept_admin_token(path: Path) -> str:
         finally:
             os.unlink(draft)
     os.chmod(path, 0o600)
-    return path.read_text().strip()
+    return check_admin_token(path.read_text().strip(), f"The admin token in {path}")
 
 
 def _refuse_strangers() -> None:
@@ -80,10 +86,11 @@ def _refuse_strangers() -> None:
     host = request.environ.get("HTTP_HOST", "")
     if not _LOCAL_HOST.fullmatch(host):
         _refuse("a Host other than localhost")
-    if any(_forwards(name) for name, _ in request.headers):
+    if any(_FORWARDING_HEADERS.fullmatch(name) for name, _ in request.headers):
         _refuse("a forwarded request")
     origin = request.headers.get("Origin")
-    if origin is not None and origin.lower() != f"http://{host}".lower():
+    same_site = request.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+    if not same_site or (origin is not None and origin.lower() != f"http://{host}".lower()):
         _refuse("a page of another site")
     if request.path.startswith("/api/") and _has_body() and request.mimetype != "application/json":
         _refuse("a body other than application/json")
@@ -100,11 +107,6 @@ def _is_loopback(address: str) -> bool:
         return False
     mapped = getattr(ip, "ipv4_mapped", None)
     return (mapped or ip).is_loopback
-
-
-def _forwards(header: str) -> bool:
-    name = header.lower()
-    return name in _FORWARDING_HEADERS or name.startswith("x-forwarded-")
 
 
 def _has_body() -> bool:

@@ -295,13 +295,20 @@ def _new_agent(fields: dict[str, Any]) -> Agent:
 def _set_fields(agent: Agent, fields: dict[str, Any]) -> None:
     if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
         raise Problem(409, "conflict", "This agent proves itself by its keys: give it others, not none.")
-    now = clock.now()
-    agent.updated_at = now
+    agent.updated_at = clock.now()
     for name, value in fields.items():
         if name == "expires_in":
-            agent.expires_at = None if value is None else now + timedelta(seconds=value)
+            _set_expiry(agent, value)
         else:
             setattr(agent, name, value)
+
+
+def _set_expiry(agent: Agent, expires_in: int | None) -> None:
+    now = clock.now()
+    # An agent that comes back from its expiry brings no old tokens along, as with a reactivation.
+    if agent.expires_at is not None and agent.expires_at <= now:
+        _end_tokens(agent)
+    agent.expires_at = None if expires_in is None else now + timedelta(seconds=expires_in)
 
 
 def _add_secret(agent: Agent, secret: credentials.NewSecret) -> None:

@@ -21,7 +21,7 @@ import credentials
 import keys
 import models
 import oauth
-from config import HERE, VERSION, Settings
+from config import HERE, VERSION, SettingError, Settings
 from wire import MAX_BODY, Problem
 
 log = logging.getLogger("lanyard")
@@ -55,14 +55,21 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
-    models.init_database(app, settings, fill=keys.ensure_signing_key)
-    access.init_app(app, settings)
+    _open_instance(app, settings)
     bearer.init_app(app, settings)
     oauth.init_app(app, settings)
     _register_routes(app)
     _register_error_handlers(app)
     app.after_request(_do_not_store)
     return app
+
+
+def _open_instance(app: Flask, settings: Settings) -> None:
+    try:
+        models.init_database(app, settings, fill=keys.ensure_signing_key)
+        access.init_app(app, settings)
+    except OSError as error:
+        raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
 
 
 @service.get("/")

@@ -95,10 +95,13 @@ class Client(ClientMixin):
         return str(self.row.client_id)
 
     def get_allowed_scope(self, scope: str | None) -> str | None:
-        """The scope to grant: all of the agent's when none is asked for, None when one is not its own."""
-        if not scope:
+        """The scope to grant: all of the agent's when none is named, None when one is not its own.
+
+        An empty scope stays empty: a refresh asks with what its family was granted.
+        """
+        if scope is None:
             return " ".join(self.row.scopes)
-        wanted = list(dict.fromkeys(scope.split(" ")))
+        wanted = list(dict.fromkeys(scope.split(" "))) if scope else []
         return " ".join(wanted) if set(wanted) <= set(self.row.scopes) else None
 
     def check_grant_type(self, grant_type: str) -> bool:

@@ -13,7 +13,7 @@ except SettingError as error:
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers
-# Threads hold slow and idle clients; `sync` workers cannot.
+# Threads hold a few slow and any number of idle clients; a `sync` worker holds one.
 worker_class = "gthread"
 threads = settings.threads
 # The app is built once, before the workers: they share its memory, and start at once.
@@ -21,6 +21,8 @@ preload_app = True
 # Lanyard itself decides, by LANYARD_TRUSTED_PROXIES, what to believe of forwarding headers.
 forwarded_allow_ips = ""
 control_socket_disable = True
+# An access token of the largest agent there may be: 64 scopes of 128 characters, 16 audiences.
+limit_request_field_size = 20_000
 graceful_timeout = 10
 loglevel = "warning"
 

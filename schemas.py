@@ -21,6 +21,7 @@ PAGE_SIZE_MAX = 200
 
 # What RS256 and PS256, ES256, and EdDSA sign with.
 _ASSERTION_KEYS = {("RSA", None), ("EC", "P-256"), ("OKP", "Ed25519")}
+_JWK_MEMBERS = ("kty", "n", "e", "crv", "x", "y", "kid", "alg", "use")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -114,7 +115,8 @@ def _public_jwk(jwk: Any) -> dict[str, Any]:
         raise ValidationError("Holds a private or symmetric key: send public keys only.")
     if (key.key_type, parsed.get("crv")) not in _ASSERTION_KEYS or parsed.get("use", "sig") != "sig":
         raise ValidationError("Keys must be for signatures: RSA, EC P-256 or OKP Ed25519.")
-    return parsed
+    # No more than verifying needs: an operator's own members may be as deep as JSON gets.
+    return {name: parsed[name] for name in _JWK_MEMBERS if name in parsed}
 
 
 class AgentFields(Schema):

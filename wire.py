@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import marshmallow
 from flask import Request
+from gunicorn.http.errors import ParseException
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import RequestEntityTooLarge
@@ -40,9 +41,15 @@ def read_body(req: Request) -> bytes:
 
     werkzeug cuts a chunked body at MAX_CONTENT_LENGTH without a word: the app sets that one higher.
     """
-    raw = req.get_data()
+    try:
+        raw = req.get_data()
+    except ParseException:
+        raise Problem(400, "invalid_request", "The body's chunks cannot be told apart.") from None
     if len(raw) > MAX_BODY:
         raise RequestEntityTooLarge
+    # A body cut short could mean something else: rotate at once, instead of with a grace period.
+    if req.content_length is not None and len(raw) < req.content_length:
+        raise Problem(400, "invalid_request", "The body is shorter than its Content-Length.")
     return raw
 
 
@@ -118,8 +125,9 @@ def _flat(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:
     """Marshmallow's nested messages under dotted names: `{"scopes.1": ["Not a valid string."]}`."""
     flat: dict[str, list[str]] = {}
     for name, found in messages.items():
-        # `_schema` is about the whole; `key` and `value` are Marshmallow's, for a dictionary's entry.
-        here = path if name in ("_schema", "key", "value") else f"{path}.{name}".lstrip(".")
+        # `_schema` is about the whole; below a dictionary's entry Marshmallow says `key` or `value`.
+        nameless = name == "_schema" or ("." in path and name in ("key", "value"))
+        here = path if nameless else f"{path}.{name}".lstrip(".")
         if isinstance(found, dict):
             flat |= _flat(found, here)
         else:

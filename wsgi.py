@@ -1,5 +1,11 @@
 """What gunicorn serves: `gunicorn wsgi:app`."""
 
-from app import create_app
+import sys
 
-app = create_app()
+from app import create_app
+from config import SettingError
+
+try:
+    app = create_app()
+except SettingError as error:
+    sys.exit(f"Lanyard will not start: {error}")

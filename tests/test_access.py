@@ -14,6 +14,7 @@ from flask import Flask, request
 from flask.testing import FlaskClient
 
 from app import create_app
+from config import SettingError
 
 
 def basic(username: str, password: str) -> dict[str, str]:
@@ -74,6 +75,13 @@ def test_a_kept_admin_token_is_tightened_to_its_owner(tmp_path: Path) -> None:
     (tmp_path / "admin_token").chmod(0o644)
     create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
     assert stat.S_IMODE((tmp_path / "admin_token").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("text", ["", "\n", "short", "sixteen chars and spaces"])
+def test_a_kept_admin_token_that_is_no_good_stops_the_start(tmp_path: Path, text: str) -> None:
+    (tmp_path / "admin_token").write_text(text)
+    with pytest.raises(SettingError, match="admin_token must be at least 16"):
+        create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
 
 
 def test_no_admin_token_is_kept_when_the_settings_give_one(tmp_path: Path) -> None:
@@ -140,6 +148,11 @@ def test_local_mode_answers_loopback_peers(local: FlaskClient, address: str) -> 
         {"headers": {"X-Forwarded-Host": "localhost"}},
         {"headers": {"Forwarded": "for=127.0.0.1"}},
         {"headers": {"X-Real-IP": "127.0.0.1"}},
+        {"headers": {"X-Forwarded": "for=127.0.0.1"}},
+        {"headers": {"X-Original-Forwarded-For": "127.0.0.1"}},
+        {"headers": {"X-Cluster-Client-IP": "127.0.0.1"}},
+        {"headers": {"Sec-Fetch-Site": "cross-site"}},
+        {"headers": {"Sec-Fetch-Site": "same-site"}},
         {"headers": {"Via": "1.1 proxy"}},
         {"headers": {"Origin": "https://evil.example.com"}},
         {"headers": {"Origin": "http://localhost:3000"}},

@@ -17,7 +17,7 @@ AGENT_FIELDS = {
 
 
 def test_creating_answers_the_agent_and_its_credentials(operator: Operator) -> None:
-    response = operator.call("POST", json={"name": "data-processor-agent", "scopes": ["read", "write"]})
+    response = operator.call("POST", json={"name": "night-reporter", "scopes": ["read", "write"]})
     body = response.json
     assert body
     assert response.status_code == 201
@@ -105,6 +105,8 @@ def test_expires_in_becomes_a_moment(operator: Operator, time_machine: Clock) ->
         ({"is_active": False}, "is_active"),
         ({"client_id": "cid_mine"}, "client_id"),
         ({"nonsense": 1}, "nonsense"),
+        ({"key": 1}, "key"),
+        ({"metadata": {"value": 1}}, "metadata.value"),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "",
 )
@@ -410,6 +412,20 @@ def test_an_expired_agent_needs_a_new_expiry_before_it_can_return(
     assert (refused.status_code, refused.json["error"]) == (409, "conflict")
     operator.patch(agent, expires_in=60)
     assert ask_token(client, agent).status_code == 200
+
+
+def test_an_agent_that_returns_from_its_expiry_brings_no_old_tokens(
+    operator: Operator, client: FlaskClient, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    token = ask_token(client, agent).json
+    operator.patch(agent, expires_in=1)
+    time_machine.advance(seconds=1)
+    operator.patch(agent, expires_in=None)
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+    assert ask_refresh(client, token["refresh_token"]).status_code == 400
+    fresh = ask_token(client, agent).json
+    assert client.get("/api/agents/me", headers=bearer(fresh)).status_code == 200
 
 
 def test_live_secrets_are_listed_without_their_text(

@@ -425,6 +425,14 @@ def test_a_jwks_is_a_set_of_keys(operator: Operator, jwks: object) -> None:
     assert (response.status_code, list(response.json["fields"])) == (400, ["jwks"])
 
 
+def test_of_a_key_only_what_verifying_needs_is_kept(operator: Operator, key: Key) -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    jwk = {**key.as_dict(private=False), "note": deep}
+    assert operator.create(jwks={"keys": [jwk]})
+
+
 def test_private_key_jwt_needs_keys(operator: Operator) -> None:
     response = operator.call("POST", json={"name": "x", "token_endpoint_auth_method": "private_key_jwt"})
     assert (response.status_code, list(response.json["fields"])) == (400, ["jwks"])

@@ -60,6 +60,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("HOST", "not a host"),
         ("ADMIN_TOKEN", "short"),
         ("ADMIN_TOKEN", "sixteen chars and spaces"),
+        ("ADMIN_TOKEN", 'sixteen=chars,or"more'),
         ("ISSUER", "id.example.com"),
         ("ISSUER", "http://id.example.com"),
         ("ISSUER", "https://id.example.com/?tenant=1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -55,7 +56,7 @@ def test_the_walkthrough(local: Server) -> None:
 
     created = post(
         "/api/agents",
-        '{\n"name": "data-processor-agent",\n"scopes": ["read", "write"],\n"expires_in": 7776000\n}',
+        '{\n"name": "night-reporter",\n"scopes": ["read", "write"],\n"expires_in": 7776000\n}',
     )
     agent, client_id, secret = created["agent"], created["client_id"], created["client_secret"]
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", agent["id"])
@@ -63,7 +64,7 @@ def test_the_walkthrough(local: Server) -> None:
     assert client_id.startswith("cid_")
     assert secret.startswith("cs_")
     assert (agent["name"], agent["scopes"], agent["is_active"]) == (
-        "data-processor-agent",
+        "night-reporter",
         ["read", "write"],
         True,
     )
@@ -185,6 +186,39 @@ def test_bodies_over_the_limit_are_refused_however_they_come(local: Server) -> N
     for data in (large, iter([large[:50_000], large[50_000:]])):  # an iterator is sent in chunks
         response = requests.post(f"{local.url}/api/agents", data=data, headers=headers)
         assert (response.status_code, response.json()["error"]) == (413, "payload_too_large")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"Content-Length: 22\r\n\r\n",
+        b'Content-Length: 22\r\n\r\n{"grace_period"',
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX",
+        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n{}\r\n",
+    ],
+    ids=["no body", "half a body", "no chunk size", "a chunk without an end", "a negative chunk"],
+)
+def test_a_body_that_does_not_arrive_whole_does_nothing(local: Server, sent: bytes) -> None:
+    agent = register(local)
+    with socket.create_connection(("127.0.0.1", local.port), timeout=10) as connection:
+        path = f"/api/agents/{agent['agent']['id']}/rotate"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + sent)
+        connection.shutdown(socket.SHUT_WR)
+        assert b" 400 " in connection.recv(1000)
+    assert requests.post(f"{local.url}/oauth/token", json=token_body(agent)).status_code == 200
+
+
+def test_the_largest_access_token_can_be_used(local: Server) -> None:
+    scopes = [f"{number:0>128}" for number in range(64)]
+    audiences = [f"http://localhost:{local.port}", *(f"{number:0>255}" for number in range(15))]
+    agent = register(local, scopes=scopes, audiences=audiences)
+    token = requests.post(
+        f"{local.url}/oauth/token", json={**token_body(agent), "resource": audiences}
+    ).json()
+    header = {"Authorization": f"Bearer {token['access_token']}"}
+    assert requests.get(f"{local.url}/api/agents/me", headers=header).status_code == 200
 
 
 def test_a_deletion_leaves_the_connection_in_order(local: Server) -> None:

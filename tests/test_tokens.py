@@ -378,6 +378,15 @@ def test_a_scope_taken_from_the_agent_is_not_given_again(
     refused(ask_refresh(client, narrowed["refresh_token"]), 400, "invalid_scope")
 
 
+def test_a_family_without_scopes_gets_none_of_those_given_later(
+    client: FlaskClient, operator: Operator
+) -> None:
+    agent = operator.create(scopes=[])
+    token = ask_token(client, agent).json
+    operator.patch(agent, scopes=["admin", "read"])
+    assert ask_refresh(client, token["refresh_token"]).json["scope"] == ""
+
+
 def test_an_audience_taken_from_the_agent_is_not_given_again(client: FlaskClient, operator: Operator) -> None:
     agent = operator.create(audiences=["plain"])
     token = ask_token(client, agent, resource="plain").json
