@@ -151,6 +151,17 @@ def test_a_bad_setting_stops_the_start_with_one_sentence(serve: Serve) -> None:
     )
 
 
+def test_an_instance_that_cannot_be_written_stops_the_start_with_one_sentence(
+    serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "a-file").touch()
+    server = serve(INSTANCE=str(tmp_path / "a-file"))
+    assert server.process.wait(20) != 0
+    text = "Lanyard will not start: LANYARD_INSTANCE must be a folder that can be written: "
+    assert server.log.read_text().startswith(text)
+    assert server.log.read_text().count("\n") == 1
+
+
 def test_a_misspelt_setting_is_pointed_out(serve: Serve) -> None:
     assert "LANYARD_PROXIES" in serve(PROXIES="1").wait().stop()
 
