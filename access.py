@@ -39,10 +39,15 @@ def admin_token_file(settings: Settings) -> Path:
 
 
 def is_operator() -> bool:
-    """Whether the request carries the admin token, or in local mode no credentials at all."""
+    """Whether the request may manage: by the admin token, or in local mode without any credentials."""
     if "Authorization" not in request.headers:
         return settings().local
-    authorization = parse_authorization(request.headers["Authorization"])
+    return carries_admin_token()
+
+
+def carries_admin_token() -> bool:
+    """Whether the request carries the admin token, as Bearer or as the password of `admin`."""
+    authorization = parse_authorization(request.headers.get("Authorization", ""))
     if authorization is None:
         return False
     if authorization.type == "bearer":
@@ -93,7 +98,7 @@ def _refuse_strangers() -> None:
     if not same_site or (origin is not None and origin.lower() != f"http://{host}".lower()):
         _refuse("a page of another site")
     if request.path.startswith("/api/") and _has_body() and request.mimetype != "application/json":
-        _refuse("a body other than application/json")
+        _refuse("a body other than application/json: send it with that Content-Type")
 
 
 def _refuse(what: str) -> None:

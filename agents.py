@@ -8,23 +8,16 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from flask_smorest import Blueprint as SmorestBlueprint
 
 import bearer
 import clock
 import credentials
 import schemas
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, writing
-from wire import Parser, Problem
+from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
-
-
-class Blueprint(SmorestBlueprint):
-    """flask-smorest's blueprint with Lanyard's strict parser."""
-
-    ARGUMENTS_PARSER = Parser()
 
 
 management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")

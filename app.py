@@ -10,19 +10,23 @@ from typing import Any
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
 from flask import Flask, Response, jsonify
-from flask_smorest import Api, Blueprint
+from flask_smorest import Api
 from sqlalchemy.exc import OperationalError
 from werkzeug.exceptions import HTTPException
 
 import access
 import agents
 import bearer
+import cli
 import credentials
+import housekeeping
 import keys
+import management
+import metadata
 import models
 import oauth
 from config import HERE, VERSION, SettingError, Settings
-from wire import MAX_BODY, Problem
+from wire import MAX_BODY, Blueprint, Problem
 
 log = logging.getLogger("lanyard")
 
@@ -58,6 +62,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     _open_instance(app, settings)
     bearer.init_app(app, settings)
     oauth.init_app(app, settings)
+    metadata.init_app(app, settings)
+    housekeeping.init_app(app)
+    cli.init_app(app)
     _register_routes(app)
     _register_error_handlers(app)
     app.after_request(_do_not_store)
@@ -82,7 +89,10 @@ def about() -> dict[str, Any]:
             "agents": "/api/agents",
             "token": "/oauth/token",
             "refresh": "/oauth/refresh",
+            "introspect": "/oauth/introspect",
+            "revoke": "/oauth/revoke",
             "jwks": "/.well-known/jwks.json",
+            "metadata": "/.well-known/oauth-authorization-server",
             "health": "/health",
             "ready": "/health/ready",
         },
@@ -106,7 +116,9 @@ def ready() -> dict[str, str]:
 
 def _register_routes(app: Flask) -> None:
     api = Api(app)
-    for blueprint in (service, oauth.blueprint, agents.management, agents.self_service):
+    for blueprint in (service, oauth.blueprint, metadata.blueprint, management.blueprint):
+        api.register_blueprint(blueprint)
+    for blueprint in (agents.management, agents.self_service):
         api.register_blueprint(blueprint)
 
 

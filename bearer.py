@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sqlalchemy as sa
 from authlib.integrations.flask_oauth2 import ResourceProtector
 from authlib.oauth2.rfc6749 import MissingAuthorizationError, UnsupportedTokenTypeError
 from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError
@@ -12,33 +13,32 @@ from authlib.oauth2.rfc9068.claims import JWTAccessTokenClaims
 from flask import Flask, current_app, g, request
 from joserfc import jwt
 from joserfc.errors import JoseError
-from sqlalchemy import select
 
 import access
 import clock
 import keys
-from config import Settings
-from models import Agent, db
+from config import Settings, settings
+from models import Agent, RevokedToken, SigningKey, db
 from wire import Problem
 
 _EXTENSION = "lanyard.bearer"
+_ANY_AUDIENCE = "lanyard.bearer.any_audience"
 ADMIN_SCOPE = "admin"
+_INVALID = "The access token has expired, was revoked, is malformed or is meant for another audience."
 
 
 class AccessTokenValidator(JWTBearerTokenValidator):
     """Checks a token as RFC 9068 §4 says, then that its agent still stands behind it."""
 
-    def get_jwks(self) -> Any:
-        """The keys whose signatures count; a header's own `jwk` or `jku` never does (RFC 8725 §3.10)."""
-        return keys.verification_keys()
-
     def authenticate_token(self, token_string: str) -> JWTAccessTokenClaims:
         """The claims of a token with a good signature.
+
+        The key is ours by its `kid`; a `jwk` or `jku` in the header is never used (RFC 8725 §3.10).
 
         :raises InvalidTokenError: whatever is wrong with it.
         """
         try:
-            token = jwt.decode(token_string, self.get_jwks(), registry=keys.SIGNING_ALGORITHMS)
+            token = jwt.decode(token_string, keys.find_key, registry=keys.SIGNING_ALGORITHMS)
         except (JoseError, ValueError, TypeError):
             # joserfc lets the latter two through for headers that no signer would write.
             raise InvalidTokenError() from None
@@ -50,7 +50,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
     def validate_token(
         self, token: JWTAccessTokenClaims, scopes: list[str] | None, request: Any, **kwargs: Any
     ) -> None:
-        """Refuse a token past its time, of another kind, issuer or audience, or of a dead agent."""
+        """Refuse a token past its time, of another kind, issuer or audience, revoked, or of a dead agent."""
         # RFC 9068 §4: `typ` is required, which keeps other JWTs of this issuer out (RFC 8725 §3.11).
         if str(token.header.get("typ")).lower() not in ("at+jwt", "application/at+jwt"):
             raise InvalidTokenError()
@@ -58,17 +58,30 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token.validate(now=int(clock.now().timestamp()))
         except JoseError:
             raise InvalidTokenError() from None
-        agent = db.session.scalar(select(Agent).where(Agent.client_id == token["client_id"]))
-        if agent is None or not _stands_behind(agent, token):
+        agent = db.session.scalar(_standing_agent(token))
+        if agent is None or not agent.is_live(clock.now()):
             raise InvalidTokenError()
-        self._check_scope(agent, token, scopes)
-        g.agent = agent
-
-    def _check_scope(self, agent: Agent, token: JWTAccessTokenClaims, scopes: list[str] | None) -> None:
         # A scope taken from the agent is gone from its older tokens too.
         held = [scope for scope in token["scope"].split() if scope in agent.scopes]
         if self.scope_insufficient(held, scopes):
             raise InsufficientScopeError()
+        token.agent, token.scopes = agent, held
+
+
+def _standing_agent(token: JWTAccessTokenClaims) -> sa.Select[Agent]:
+    """The agent of a token, unless the token, its grant, its version or its key has been ended since."""
+    jti = str(token["jti"])
+    revoked = sa.select(RevokedToken.id).where(RevokedToken.id.in_([jti, jti.partition(".")[0]]))
+    return (
+        sa.select(Agent)
+        .join(SigningKey, SigningKey.kid == token.header["kid"])
+        .where(
+            Agent.client_id == token["client_id"],
+            Agent.id == token.get("agent_id"),
+            Agent.token_version == token.get("ver"),
+            ~revoked.exists(),
+        )
+    )
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -78,6 +91,7 @@ def init_app(app: Flask, settings: Settings) -> None:
         AccessTokenValidator(issuer=settings.issuer, resource_server=settings.audience)
     )
     app.extensions[_EXTENSION] = protector
+    app.extensions[_ANY_AUDIENCE] = AccessTokenValidator(issuer=settings.issuer, resource_server=None)
 
 
 def require_agent() -> None:
@@ -91,6 +105,17 @@ def require_operator() -> None:
         _require(ADMIN_SCOPE)
 
 
+def look_at(token_string: str) -> dict[str, Any] | None:
+    """The claims of a good access token for whatever audience, or None; `scope` is what it still holds."""
+    validator: AccessTokenValidator = current_app.extensions[_ANY_AUDIENCE]
+    try:
+        token = validator.authenticate_token(token_string)
+        validator.validate_token(token, None, None)
+    except InvalidTokenError:
+        return None
+    return {**token, "scope": " ".join(token.scopes)}
+
+
 def current_agent() -> Agent:
     """The agent whose token the request carries."""
     agent: Agent = g.agent
@@ -100,34 +125,34 @@ def current_agent() -> Agent:
 def _require(scope: str | None) -> None:
     protector: ResourceProtector = current_app.extensions[_EXTENSION]
     try:
-        protector.acquire_token([scope] if scope else None)
-    except InvalidTokenError as error:
-        raise _challenge(401, "invalid_token", error.description) from None
+        g.agent = protector.acquire_token([scope] if scope else None).agent
+    except InvalidTokenError:
+        raise _challenge(401, "invalid_token", _INVALID) from None
     except InsufficientScopeError:
         text = f"This needs an access token with the scope {scope}."
         raise _challenge(403, "insufficient_scope", text, scope=str(scope)) from None
     except (MissingAuthorizationError, UnsupportedTokenTypeError) as error:
         if request.headers.get("Authorization", "").strip().lower() == "bearer":
-            raise _challenge(401, "invalid_token", InvalidTokenError.description) from error
+            raise _challenge(401, "invalid_token", _INVALID) from error
         # RFC 6750 §3.1: a request without a token is told the scheme and no error.
         raise Problem(
             401,
             "unauthorized",
-            "Send an access token, or for the management API the admin token, as Authorization: Bearer.",
-            headers={"WWW-Authenticate": "Bearer"},
+            "Send Authorization: Bearer with an access token; the management API takes the admin token,"
+            " also as Basic with the user admin.",
+            headers={"WWW-Authenticate": f"Bearer {_where_to_ask()}"},
         ) from None
-
-
-def _stands_behind(agent: Agent, token: JWTAccessTokenClaims) -> bool:
-    return (
-        agent.is_live(clock.now())
-        and agent.id == token.get("agent_id")
-        and agent.token_version == token.get("ver")
-    )
 
 
 def _challenge(status: int, error: str, description: str, **attributes: str) -> Problem:
     """A refusal as RFC 6750 §3 writes it."""
     parts = {"error": error, "error_description": description, **attributes}
-    challenge = ", ".join(f'{name}="{value}"' for name, value in parts.items())
-    return Problem(status, error, description, headers={"WWW-Authenticate": f"Bearer {challenge}"})
+    told = ", ".join(f'{name}="{value}"' for name, value in parts.items())
+    return Problem(
+        status, error, description, headers={"WWW-Authenticate": f"Bearer {told}, {_where_to_ask()}"}
+    )
+
+
+def _where_to_ask() -> str:
+    # RFC 9728 §5.1: from there a client finds the authorization server by itself.
+    return f'resource_metadata="{settings().url("/.well-known/oauth-protected-resource")}"'

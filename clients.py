@@ -21,10 +21,11 @@ from sqlalchemy.dialects.sqlite import insert
 import clock
 import credentials
 from config import settings
-from keys import Algorithms
+from keys import NEWEST_KEY, Algorithms
 from models import Agent, ClientSecret, Moment, SpentAssertion, db, writing
 from wire import is_text, parse_authorization
 
+AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 ASSERTION_ALGORITHMS = Algorithms(algorithms=("RS256", "PS256", "ES256", "EdDSA"))
 ASSERTION_TTL = 300  # seconds
 ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
@@ -40,6 +41,7 @@ COLUMNS = (
     Agent.expires_at,
     Agent.token_version,
     Agent.token_ttl,
+    NEWEST_KEY.label("newest_key"),
 )
 _NOW: Any = bindparam("now", type_=Moment)
 _BY_SECRET = (
@@ -79,6 +81,12 @@ class AuthenticationFailed(InvalidClientError):
         return [*headers, ("WWW-Authenticate", 'Basic realm="lanyard"')]
 
 
+class AssertionFailed(AuthenticationFailed):
+    """The same for a signed assertion: one text for whatever comes before a good signature."""
+
+    description = "Client authentication failed: check the client id and the key that signs."
+
+
 class Client(ClientMixin):
     """An agent as Authlib sees a client, read at `now` and good for one request."""
 
@@ -87,6 +95,8 @@ class Client(ClientMixin):
         self.now = now
         # What this request may have, filled in by the grant.
         self.audiences: list[str] = []
+        # A refresh has found its client by a family; a first grant starts one.
+        self.family_id: str = row._mapping.get("family_id") or credentials.new_family_id()
         # The row of the client secret that proved it, if one did.
         self.secret_pk: int | None = row._mapping.get("secret_pk")
 
@@ -195,13 +205,13 @@ class ClientAssertion(JWTBearerClientAssertion):
         except AuthenticationFailed:
             raise
         except (InvalidClientError, ValueError, TypeError, RecursionError):
-            raise AuthenticationFailed() from None
+            raise AssertionFailed() from None
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
         """The agent's keys."""
         if not client.row.jwks:
-            raise AuthenticationFailed()
+            raise AssertionFailed()
         return KeySet.import_key_set(client.row.jwks)
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
@@ -213,7 +223,7 @@ class ClientAssertion(JWTBearerClientAssertion):
                 continue
             self.verify_claims(token.claims)
             return token.claims
-        raise AuthenticationFailed()
+        raise AssertionFailed()
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
         """RFC 7523 §3, with the lifetime bounded. The caller has proved its key: it is told what is wrong."""
@@ -222,7 +232,7 @@ class ClientAssertion(JWTBearerClientAssertion):
         try:
             JWTClaimsRegistry(now, self.leeway, **rules).validate(claims)
         except JoseError as error:
-            raise _bad_assertion(f"the claim {error.description}") from None
+            raise _bad_assertion(error.description.removesuffix(".")) from None
         # One audience only: an assertion made for another server must not work here too.
         audience = claims["aud"][0] if isinstance(claims["aud"], list) else claims["aud"]
         if claims["aud"] not in (audience, [audience]) or audience not in assertion_audiences():
@@ -257,8 +267,7 @@ class ClientAssertion(JWTBearerClientAssertion):
 
 def assertion_audiences() -> tuple[str, str]:
     """What an assertion's `aud` may be: the issuer, or the token endpoint (RFC 7523 §3)."""
-    issuer = settings().issuer
-    return issuer, issuer.rstrip("/") + "/oauth/token"
+    return settings().issuer, settings().url("/oauth/token")
 
 
 def _bad_assertion(reason: str) -> AuthenticationFailed:

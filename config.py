@@ -49,7 +49,7 @@ class Settings:
         local = _flag(env, "LOCAL")
         proxies = _whole(env, "TRUSTED_PROXIES", 0, 0, 10)
         _check_local(local, host, proxies)
-        instance = Path(_read(env, "INSTANCE") or HERE / "instance").absolute()
+        instance = HERE / (_read(env, "INSTANCE") or "instance")
         issuer = _issuer(_read(env, "ISSUER") or f"http://localhost:{port}")
         return cls(
             instance=instance,
@@ -68,6 +68,15 @@ class Settings:
             threads=_whole(env, "THREADS", 4, 1, 64),
             trusted_proxies=proxies,
         )
+
+    def url(self, path: str) -> str:
+        """The address that others reach `path` at."""
+        return self.issuer.rstrip("/") + path
+
+    @property
+    def issuer_path(self) -> str:
+        """The path in the issuer, or nothing."""
+        return urlsplit(self.issuer).path.rstrip("/")
 
     @property
     def database_file(self) -> Path:

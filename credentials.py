@@ -47,9 +47,14 @@ def new_client_id() -> str:
     return "cid_" + secrets.token_urlsafe(16)
 
 
-def new_jti() -> str:
-    """A token id, RFC 7519 §4.1.7: 128 random bits."""
-    return secrets.token_urlsafe(16)
+def new_jti(family_id: str) -> str:
+    """A token id, RFC 7519 §4.1.7: what all access tokens of a family share, a dot, 128 random bits."""
+    return f"{grant_id(family_id)}.{secrets.token_urlsafe(16)}"
+
+
+def grant_id(family_id: str) -> str:
+    """What access tokens may show of their family: its id itself would let a service end it."""
+    return urlsafe_b64encode(digest(family_id)[:12]).decode()
 
 
 def new_admin_token() -> str:
@@ -65,9 +70,14 @@ def client_secret_hint(text: str) -> str | None:
     return match[1]
 
 
-def new_refresh_token(family_id: str | None = None) -> str:
-    """A refresh token of the family named, or the first of a new one."""
-    return f"rt_{family_id or secrets.token_urlsafe(16)}{secrets.token_urlsafe(32)}"
+def new_family_id() -> str:
+    """The name of a family of refresh tokens: 128 random bits."""
+    return secrets.token_urlsafe(16)
+
+
+def new_refresh_token(family_id: str) -> str:
+    """A refresh token of the family named: 256 random bits of its own."""
+    return f"rt_{family_id}{secrets.token_urlsafe(32)}"
 
 
 def refresh_token_family(text: str) -> str | None:

@@ -1,5 +1,7 @@
 """How gunicorn serves Lanyard. It reads the same LANYARD_* settings as the app."""
 
+import os
+import socket
 import sys
 from typing import Any
 
@@ -21,6 +23,7 @@ preload_app = True
 # Lanyard itself decides, by LANYARD_TRUSTED_PROXIES, what to believe of forwarding headers.
 forwarded_allow_ips = ""
 control_socket_disable = True
+umask = 0o077
 # An access token of the largest agent there may be: 64 scopes of 128 characters, 16 audiences.
 limit_request_field_size = 20_000
 graceful_timeout = 10
@@ -28,11 +31,29 @@ loglevel = "warning"
 
 
 def on_starting(server: Any) -> None:
-    """Refuse an address that the command line gave against local mode."""
+    """Refuse an address that is taken, or that the command line gave against local mode."""
     addresses = server.cfg.address
     if settings.local and any(not isinstance(a, tuple) or a[0] != "127.0.0.1" for a in addresses):
         sys.exit(
             "Lanyard will not start: LANYARD_LOCAL=1 opens the management API, so it binds 127.0.0.1 only."
+        )
+
+    # A successor that takes over open sockets (USR2, socket activation) binds nothing.
+    if not {"GUNICORN_FD", "LISTEN_FDS"} & set(os.environ):
+        for address in addresses:
+            _check_free(address)
+
+
+def _check_free(address: Any) -> None:
+    if not isinstance(address, tuple):
+        return
+    host, port = address[:2]
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        sys.exit(
+            f"Lanyard will not start: LANYARD_HOST and LANYARD_PORT must be an address that is free,"
+            f" and {host}:{port} is not: {error.strerror}."
         )
 
 

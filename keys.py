@@ -1,20 +1,33 @@
-"""Signing keys: made at the first start, kept in the database, published as a JWK set."""
+"""Signing keys: made at the first start, kept in the database, published, rotated without a gap."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
 
+import sqlalchemy as sa
 from flask import current_app
-from joserfc.errors import UnsupportedAlgorithmError
-from joserfc.jwk import ECKey, Key, KeySet, OKPKey, RSAKey, import_key
+from joserfc.errors import InvalidKeyIdError, UnsupportedAlgorithmError
+from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, import_key
 from joserfc.jws import JWSRegistry
-from sqlalchemy import select
 
 import clock
-from config import settings
+from config import DAY, settings
 from models import SigningKey, db
 
 _EXTENSION = "lanyard.keys"
+
+JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
+_JWKS_STALE = 1  # seconds a worker may keep it
+# A new key signs when every cache that could lack it has expired; a minute is for clocks and slow answers.
+LEAD = JWKS_MAX_AGE + _JWKS_STALE + 60
+LONGEST_TOKEN = DAY
+
+# Selected with whatever is read before signing: it tells whether this worker has seen the newest key.
+NEWEST_KEY = sa.select(sa.func.max(SigningKey.pk)).scalar_subquery()
 
 
 class Algorithms(JWSRegistry):
@@ -33,50 +46,138 @@ class Algorithms(JWSRegistry):
 SIGNING_ALGORITHMS = Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
 
 
+@dataclass
+class Keyring:
+    """The keys as a process has read and parsed them: parsing one costs more than a signature."""
+
+    rows: Sequence[sa.Row[Any]]
+    keys: list[Key]
+    newest: int
+    read_at: float = field(default_factory=time.monotonic)
+
+    def alive(self, now: datetime) -> list[Key]:
+        """The keys that are not gone, oldest first."""
+        pairs = zip(self.rows, self.keys, strict=True)
+        return [key for row, key in pairs if row.gone_at is None or row.gone_at > now]
+
+
 def ensure_signing_key() -> None:
-    """Make a key for the configured algorithm unless there is one; in the caller's transaction."""
-    alg = settings().signing_alg
-    if db.session.scalar(select(SigningKey.kid).where(SigningKey.alg == alg)) is None:
-        db.session.add(_new_key(alg))
-        db.session.flush()
+    """Make the first key, or the next one when the configured algorithm has changed.
+
+    In the caller's transaction.
+    """
+    newest = db.session.scalar(sa.select(SigningKey).order_by(SigningKey.pk.desc()).limit(1))
+    if newest is None or newest.alg != settings().signing_alg:
+        rotate(at_once=newest is None)
 
 
-def signing_key() -> KeySet:
-    """The key that signs now, as a set of one: Authlib takes its `kid` from a set."""
-    alg = settings().signing_alg
-    newest = [key for key in _all_keys() if key.alg == alg][-1]
-    return KeySet([newest])
+def rotate(*, at_once: bool = False) -> SigningKey:
+    """Publish a new key, which signs when every verifier knows it; in the caller's transaction.
+
+    :param at_once: it signs now, and all others are gone with every token they signed: for a leak.
+    """
+    now = clock.now()
+    key = _new_key(settings().signing_alg, now, now if at_once else now + timedelta(seconds=LEAD))
+    if at_once:
+        db.session.execute(sa.delete(SigningKey))
+    else:
+        # The others stay until the last token that one of them may sign has expired.
+        gone_at = key.signs_from + timedelta(seconds=LONGEST_TOKEN)
+        db.session.execute(sa.update(SigningKey).where(SigningKey.gone_at.is_(None)).values(gone_at=gone_at))
+    db.session.add(key)
+    db.session.flush()
+    return key
 
 
-def verification_keys() -> KeySet:
-    """Every key whose signatures count."""
-    return _all_keys()
+class ListedKey(NamedTuple):
+    """A key and where it is in its life: `published`, `signing`, `retired` or `gone`."""
+
+    kid: str
+    alg: str
+    state: str
+    created_at: datetime
+    signs_from: datetime
+    gone_at: datetime | None
+
+
+def list_keys() -> list[ListedKey]:
+    """Every key, newest first."""
+    now = clock.now()
+    rows = db.session.scalars(sa.select(SigningKey).order_by(SigningKey.pk.desc())).all()
+    signing = next((row.pk for row in rows if row.signs_from <= now), None)
+    return [
+        ListedKey(row.kid, row.alg, _state(row, now, signing), row.created_at, row.signs_from, row.gone_at)
+        for row in rows
+    ]
+
+
+def _state(row: SigningKey, now: datetime, signing: int | None) -> str:
+    if row.gone_at is not None and row.gone_at <= now:
+        return "gone"
+    if row.pk == signing:
+        return "signing"
+    return "published" if row.signs_from > now else "retired"
+
+
+def signing_key(newest: int) -> Key:
+    """The key that signs now.
+
+    :param newest: what NEWEST_KEY was in this request's own read of the database.
+    """
+    now = clock.now()
+    ring = _keyring()
+    if ring.newest != newest:
+        ring = _read_keys()
+    pairs = zip(ring.rows, ring.keys, strict=True)
+    return [key for row, key in pairs if row.signs_from <= now][-1]
+
+
+def find_key(signature: GuestProtocol) -> KeySet:
+    """The key that a token names by its `kid`, for joserfc to verify with.
+
+    :raises InvalidKeyIdError: when it is none of ours, or gone.
+    """
+    kid = signature.headers().get("kid")
+    for ring in (_keyring, _read_keys):
+        found = [key for key in ring().alive(clock.now()) if key.kid == kid]
+        if found:
+            return KeySet(found)
+    raise InvalidKeyIdError("No key has this kid.")
 
 
 def public_jwks() -> dict[str, Any]:
-    """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves."""
-    return dict(_all_keys().as_dict(private=False))
+    """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves of all that are not gone."""
+    ring = _keyring()
+    if time.monotonic() - ring.read_at > _JWKS_STALE:
+        ring = _read_keys()
+    return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
 
 
-def _all_keys() -> KeySet:
-    # Parsing a key costs more than a signature, so a process parses each once.
-    cached: KeySet | None = current_app.extensions.get(_EXTENSION)
-    if cached is None:
-        rows = db.session.scalars(select(SigningKey).order_by(SigningKey.created_at)).all()
-        cached = current_app.extensions[_EXTENSION] = KeySet([_parse(row) for row in rows])
-    return cached
+def _keyring() -> Keyring:
+    ring: Keyring | None = current_app.extensions.get(_EXTENSION)
+    return ring or _read_keys()
 
 
-def _parse(row: SigningKey) -> Key:
+def _read_keys() -> Keyring:
+    # Plain rows: objects of the session would not outlive it.
+    rows = db.session.execute(sa.select(SigningKey.__table__).order_by(SigningKey.pk)).all()
+    old: Keyring | None = current_app.extensions.get(_EXTENSION)
+    parsed = {key.kid: key for key in old.keys} if old else {}
+    keys = [parsed.get(row.kid) or _parse(row) for row in rows]
+    ring = current_app.extensions[_EXTENSION] = Keyring(rows, keys, max((row.pk for row in rows), default=0))
+    return ring
+
+
+def _parse(row: sa.Row[Any]) -> Key:
     return import_key(row.jwk, parameters={"kid": row.kid, "alg": row.alg, "use": "sig"})
 
 
-def _new_key(alg: str) -> SigningKey:
+def _new_key(alg: str, now: datetime, signs_from: datetime) -> SigningKey:
     key = _generate(alg)
     # RFC 7638: the thumbprint names the key the same way everywhere.
-    return SigningKey(
-        kid=key.thumbprint(), alg=alg, jwk=dict(key.as_dict(private=True)), created_at=clock.now()
-    )
+    kid = key.thumbprint()
+    jwk = dict(key.as_dict(private=True))
+    return SigningKey(kid=kid, alg=alg, jwk=jwk, created_at=now, signs_from=signs_from)
 
 
 def _generate(alg: str) -> Key:

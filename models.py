@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from flask import Flask
@@ -168,7 +169,7 @@ class RefreshFamily(Base):
     scopes: Mapped[list[str]]
     audiences: Mapped[list[str]]
     issued_at: Mapped[datetime]
-    expires_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
     ends_at: Mapped[datetime]
 
 
@@ -207,15 +208,34 @@ class SpentAssertion(Base):
     expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
+class RevokedToken(Base):
+    """A `jti`, or the part of one that all access tokens of a grant share, refused until it expires."""
+
+    __tablename__ = "revoked_tokens"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class SigningKey(Base):
-    """A private key that access tokens are signed with, as a JWK (RFC 7517)."""
+    """A private key that access tokens are signed with, as a JWK (RFC 7517).
+
+    Its life is told by the clock alone: published from `created_at`, signing from `signs_from` until
+    a newer key does, retired then, and gone from `gone_at`, which a rotation sets.
+    """
 
     __tablename__ = "signing_keys"
+    # AUTOINCREMENT: the highest number tells a worker whether it has seen the newest key.
+    __table_args__ = {"sqlite_autoincrement": True}
 
-    kid: Mapped[str] = mapped_column(primary_key=True)
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    kid: Mapped[str] = mapped_column(sa.String(43), unique=True)
     alg: Mapped[str]
     jwk: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
+    signs_from: Mapped[datetime]
+    gone_at: Mapped[datetime | None]
 
 
 @contextmanager
@@ -241,7 +261,11 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
 
     :param fill: called once the tables are there, inside the write transaction that made them.
     """
-    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+    # mode=rw: a file that vanished is an error to report, not a reason for a new and empty one.
+    file = f"file:{quote(str(settings.database_file))}"
+    app.config["SQLALCHEMY_DATABASE_URI"] = sa.URL.create(
+        "sqlite", database=file, query={"mode": "rw", "uri": "true"}
+    )
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
         "connect_args": {"timeout": BUSY_TIMEOUT},
         # One connection for each thread, never more: gunicorn's threads are what bounds them.

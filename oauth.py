@@ -1,4 +1,4 @@
-"""The OAuth endpoints: Authlib's authorization server, its grants, and the key set."""
+"""The OAuth endpoints: Authlib's authorization server and its grants."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from authlib.oauth2.rfc6749 import (
 )
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from flask import Flask, Request, Response, current_app, jsonify, request
-from flask_smorest import Blueprint
 
 import clients
-import keys
+import introspection
 import tokens
 from config import Settings, settings
-from wire import is_text, parse_json, read_body
+from wire import Blueprint, is_text, parse_json, read_body
 
 _EXTENSION = "lanyard.oauth"
-_AUTH_METHODS = ["client_secret_basic", "client_secret_post", "private_key_jwt"]
 # Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
 _PARAMETERS = (
     "grant_type",
@@ -36,10 +34,12 @@ _PARAMETERS = (
     "client_assertion_type",
     "scope",
     "refresh_token",
+    "token",
+    "token_type_hint",
 )
 _NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_token", "token")
 
-blueprint = Blueprint("oauth", __name__, description="Tokens, and the keys to verify them with")
+blueprint = Blueprint("oauth", __name__, description="Tokens")
 
 
 @blueprint.post("/oauth/token")
@@ -54,12 +54,22 @@ def refresh() -> Response:
     return _answer(TokenRequest(request, only_grant_type="refresh_token"))
 
 
-@blueprint.get("/.well-known/jwks.json")
-def jwks() -> Response:
-    """The public keys (RFC 7517 §5)."""
-    response = jsonify(keys.public_jwks())
-    response.headers["Cache-Control"] = "public, max-age=300"
-    return response
+@blueprint.post("/oauth/introspect")
+def introspect() -> Response:
+    """Whether a token is good, and whose it is (RFC 7662)."""
+    return _answer_at("introspection")
+
+
+@blueprint.post("/oauth/revoke")
+def revoke() -> Response:
+    """End a token (RFC 7009)."""
+    return _answer_at("revocation")
+
+
+@blueprint.get("/oauth/authorize")
+def authorize() -> Response:
+    """There is nobody to ask: agents act for themselves."""
+    raise UnsupportedResponseType()
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -68,6 +78,8 @@ def init_app(app: Flask, settings: Settings) -> None:
     server.register_token_generator("default", tokens.TokenGenerator(settings))
     server.register_grant(ClientCredentialsGrant)
     server.register_grant(RefreshTokenGrant)
+    server.register_endpoint(introspection.Introspection)
+    server.register_endpoint(introspection.Revocation)
     app.extensions[_EXTENSION] = server
 
 
@@ -75,6 +87,19 @@ def _answer(token_request: TokenRequest) -> Response:
     server: Server = current_app.extensions[_EXTENSION]
     response: Response = server.create_token_response(token_request)
     return response
+
+
+def _answer_at(endpoint: str) -> Response:
+    server: Server = current_app.extensions[_EXTENSION]
+    response: Response = server.create_endpoint_response(endpoint, TokenRequest(request))
+    return response
+
+
+class UnsupportedResponseType(OAuth2Error):
+    """RFC 6749 §4.1.2.1, told to the caller: there is no address to redirect to."""
+
+    error = "unsupported_response_type"
+    description = "Lanyard has no authorization endpoint: use client_credentials at the token endpoint."
 
 
 class InvalidTargetError(OAuth2Error):
@@ -153,13 +178,14 @@ class UnsupportedGrantType(UnsupportedGrantTypeError):
 class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     """RFC 6749 §4.4; a refresh token comes with the access token."""
 
-    TOKEN_ENDPOINT_AUTH_METHODS = _AUTH_METHODS
+    TOKEN_ENDPOINT_AUTH_METHODS = clients.AUTH_METHODS
 
     def validate_token_request(self) -> None:
         """Authlib's checks, and RFC 8707's."""
         super().validate_token_request()
         wanted = self.request.form.get("resource", [])
-        if not set(wanted) <= set(self.client.row.audiences):
+        # The server's own audience may be named as well: RFC 9728 sends clients here with it.
+        if not set(wanted) <= {*self.client.row.audiences, settings().audience}:
             raise InvalidTargetError()
         self.client.audiences = wanted or [settings().audience]
 
@@ -173,7 +199,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
 class RefreshTokenGrant(grants.RefreshTokenGrant):
     """RFC 6749 §6 with rotation; the refresh token is proof enough, credentials are checked when sent."""
 
-    TOKEN_ENDPOINT_AUTH_METHODS = _AUTH_METHODS
+    TOKEN_ENDPOINT_AUTH_METHODS = clients.AUTH_METHODS
 
     def validate_token_request(self) -> None:
         """Find the family, and narrow what it may be asked for."""
@@ -181,7 +207,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         if not text:
             raise InvalidRequestError("Send refresh_token.")
         caller = clients.authenticate(self.request) if clients.carries_credentials(self.request) else None
-        client = tokens.find_by_refresh_token(text)
+        client = tokens.use_refresh_token(text)
         named = caller.get_client_id() if caller else self.request.form.get("client_id")
         if named not in (None, client.get_client_id()):
             raise InvalidGrantError("The refresh token belongs to another client.")
@@ -202,7 +228,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         asked = self.request.payload.scope
         wanted = asked.split(" ") if asked else held
         if not set(wanted) <= set(held) or (granted and not held):
-            raise InvalidScopeError()
+            raise InvalidScopeError("The scope asks for more than this refresh token was given.")
         return " ".join(dict.fromkeys(wanted))
 
     def _narrowed_audiences(self) -> list[str]:

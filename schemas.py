@@ -77,7 +77,7 @@ def _no_repeats(values: list[str]) -> None:
 def _scope() -> Text:
     return Text(
         max=128,
-        validate=Regexp(r"[\x21\x23-\x5b\x5d-\x7e]+\Z", error="Not a scope token (RFC 6749 §3.3)."),
+        validate=Regexp(r"[\x21\x23-\x5b\x5d-\x7e]+\Z", error="Not a scope token of RFC 6749, section 3.3."),
     )
 
 
@@ -287,6 +287,35 @@ class DailyUsage(Schema):
     date = fields.Date(attribute="day")
     tokens_issued = fields.Integer()
     tokens_refreshed = fields.Integer()
+
+
+class KeyRotation(Schema):
+    """`POST /api/keys/rotate`."""
+
+    now = Flag(load_default=False)
+
+
+class SigningKey(Schema):
+    """A signing key, without its text: where it is in its life."""
+
+    kid = fields.String()
+    alg = fields.String()
+    state = fields.String()
+    created_at = Timestamp()
+    signs_from = Timestamp()
+    gone_at = Timestamp()
+
+
+class KeyAnswer(Schema):
+    """`{key}`."""
+
+    key = fields.Nested(SigningKey)
+
+
+class KeyList(Schema):
+    """The signing keys, newest first."""
+
+    keys = fields.List(fields.Nested(SigningKey))
 
 
 class Usage(Schema):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hmac
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
-from authlib.oauth2.rfc6749 import InvalidGrantError
+from authlib.oauth2.rfc6749 import InvalidGrantError, InvalidScopeError
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
 from joserfc import jwt
 from sqlalchemy import bindparam
@@ -19,7 +19,7 @@ import credentials
 import keys
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
-from models import Agent, ClientSecret, Moment, RefreshFamily, UsageDay, db, writing
+from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, db, writing
 
 log = logging.getLogger("lanyard")
 
@@ -60,6 +60,7 @@ _NEXT_TOKEN = (
         {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
     )
 )
+_REVOKE = insert(RevokedToken).on_conflict_do_nothing()
 _END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
 
 
@@ -69,7 +70,6 @@ class TokenGenerator(JWTBearerTokenGenerator):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             issuer=settings.issuer,
-            alg=settings.signing_alg,
             refresh_token_generator=self._refresh_token,
             expires_generator=lambda client, grant_type: client.token_lifetime,
         )
@@ -88,16 +88,16 @@ class TokenGenerator(JWTBearerTokenGenerator):
             "aud": audiences[0] if len(audiences) == 1 else audiences,
             "exp": issued_at + client.token_lifetime,
             "iat": issued_at,
-            "jti": credentials.new_jti(),
+            "jti": credentials.new_jti(client.family_id),
             "client_id": client.row.client_id,
             "scope": scope,
             "agent_id": client.row.id,
             # Whole seconds cannot tell a token from just before a deactivation from one just after.
             "ver": client.row.token_version,
         }
-        header = {"alg": self.alg, "typ": "at+jwt"}
-        registry = keys.SIGNING_ALGORITHMS
-        return jwt.encode(header, claims, keys.signing_key(), registry=registry, default_type=None)
+        key = keys.signing_key(client.row.newest_key)
+        header = {"alg": key.alg, "typ": "at+jwt", "kid": key.kid}
+        return jwt.encode(header, claims, key, registry=keys.SIGNING_ALGORITHMS, default_type=None)
 
     def generate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Authlib's answer, in the contract's order and with `scope` even when the agent has none."""
@@ -106,9 +106,16 @@ class TokenGenerator(JWTBearerTokenGenerator):
         return {name: token.get(name, "") for name in names}
 
     @staticmethod
+    def get_allowed_scope(client: Client, scope: str | None) -> str:
+        """Authlib's hook, with a sentence to act on."""
+        allowed = client.get_allowed_scope(scope)
+        if allowed is None:
+            raise InvalidScopeError("The scope asks for more than this agent has.")
+        return allowed
+
+    @staticmethod
     def _refresh_token(client: Client, **kwargs: Any) -> str:
-        # A grant that refreshes has found its client by a family; a first one has none yet.
-        return credentials.new_refresh_token(client.row._mapping.get("family_id"))
+        return credentials.new_refresh_token(client.family_id)
 
 
 def start_family(client: Client, token: dict[str, Any]) -> None:
@@ -119,13 +126,12 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
 
     :raises AuthenticationFailed: when the agent died since it was authenticated.
     """
-    refresh_token = token["refresh_token"]
     with writing(durable=False) as connection:
         if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
             raise AuthenticationFailed()
         family = {
             **_newest(client, token),
-            "id": credentials.refresh_token_family(refresh_token),
+            "id": client.family_id,
             "agent_pk": client.row.pk,
             "token_version": client.row.token_version,
             "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
@@ -135,27 +141,48 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
 
 
-def find_by_refresh_token(refresh_token: str) -> Client:
-    """The client whose row, with its `family_*` columns, a refresh token is the newest of.
+def use_refresh_token(text: str) -> Client:
+    """The client whose newest refresh token of a family this is, with the `family_*` columns in its row.
 
     A token that was used before ends its family: either the thief or the agent holds a copy
     (RFC 9700 §4.14.2).
 
     :raises InvalidGrantError: one text, whatever is wrong with the token.
     """
-    family_id = credentials.refresh_token_family(refresh_token)
-    if family_id is None:
+    client = find_by_refresh_token(text)
+    if client is None:
         raise _no_good()
-    row = db.session.connection().execute(_BY_FAMILY, {"family": family_id}).first()
-    db.session.rollback()
-    client = Client(row, clock.now()) if row else None
-    if row is None or client is None or row.family_expires_at <= client.now:
-        raise _no_good()
-    if not hmac.compare_digest(row.family_token_hash, credentials.digest(refresh_token)):
+    if not _is_newest(client, text):
         _end_reused(client)
-    if not client.is_live or row.token_version != row.family_token_version:
+    if not _is_usable(client):
         raise _no_good()
     return client
+
+
+def look_at_refresh_token(text: str) -> Client | None:
+    """The same for one who only asks about the token: nothing happens to it."""
+    client = find_by_refresh_token(text)
+    if client is None or not _is_newest(client, text) or not _is_usable(client):
+        return None
+    return client
+
+
+def find_by_refresh_token(text: str) -> Client | None:
+    """The client of the family that a refresh token names, be the token used already or not."""
+    family_id = credentials.refresh_token_family(text)
+    if family_id is None:
+        return None
+    row = db.session.connection().execute(_BY_FAMILY, {"family": family_id}).first()
+    db.session.rollback()
+    return Client(row, clock.now()) if row and row.family_expires_at > clock.now() else None
+
+
+def _is_newest(client: Client, text: str) -> bool:
+    return hmac.compare_digest(client.row.family_token_hash, credentials.digest(text))
+
+
+def _is_usable(client: Client) -> bool:
+    return client.is_live and client.row.token_version == client.row.family_token_version
 
 
 def next_of_family(client: Client, token: dict[str, Any]) -> None:
@@ -194,10 +221,26 @@ def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.
     return True
 
 
-def _end_reused(client: Client) -> NoReturn:
+def end_family(family_id: str) -> bool:
+    """End a family's refresh tokens, and the access tokens given out with them (RFC 7009 §2.1).
+
+    Returns whether it was still there.
+    """
     with writing() as connection:
-        ended = connection.execute(_END_FAMILY, {"family": client.row.family_id}).rowcount
-    if ended:
+        ended = connection.execute(_END_FAMILY, {"family": family_id}).rowcount == 1
+        if ended:
+            longest = clock.now() + timedelta(seconds=keys.LONGEST_TOKEN)
+            revoke(connection, credentials.grant_id(family_id), longest)
+    return ended
+
+
+def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
+    """Remember that a `jti`, or the part of one before its dot, is revoked, until `expires_at`."""
+    connection.execute(_REVOKE, {"id": jti, "expires_at": expires_at})
+
+
+def _end_reused(client: Client) -> NoReturn:
+    if end_family(client.family_id):
         log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
     raise _no_good()
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import flask_smorest
 import marshmallow
 from flask import Request
 from gunicorn.http.errors import ParseException
@@ -119,6 +120,12 @@ class Parser(FlaskParser):
         # webargs keys the messages by where the arguments came from: there is one place.
         found = _flat(next(iter(error.messages_dict.values())))
         raise Problem(400, "invalid_request", _sentence(found), fields=found)
+
+
+class Blueprint(flask_smorest.Blueprint):
+    """flask-smorest's blueprint with Lanyard's strict parser."""
+
+    ARGUMENTS_PARSER = Parser()
 
 
 def _flat(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:

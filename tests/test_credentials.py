@@ -23,15 +23,24 @@ def test_a_client_secret_has_a_hint_and_fits_into_bcrypt(checker: SecretChecker)
 
 def test_client_ids_and_refresh_tokens_carry_their_prefix() -> None:
     assert re.fullmatch(r"cid_[A-Za-z0-9_-]{22}", credentials.new_client_id())
-    assert re.fullmatch(r"rt_[A-Za-z0-9_-]{65}", credentials.new_refresh_token())
+    assert re.fullmatch(r"rt_[A-Za-z0-9_-]{65}", credentials.new_refresh_token(credentials.new_family_id()))
 
 
 def test_the_next_refresh_token_names_the_same_family() -> None:
-    first = credentials.new_refresh_token()
-    family = credentials.refresh_token_family(first)
+    family = credentials.new_family_id()
+    first = credentials.new_refresh_token(family)
     following = credentials.new_refresh_token(family)
+    assert credentials.refresh_token_family(first) == family
     assert credentials.refresh_token_family(following) == family
     assert following != first
+
+
+def test_a_jti_shows_its_grant_but_not_its_family() -> None:
+    family = credentials.new_family_id()
+    jtis = [credentials.new_jti(family) for _ in range(2)]
+    assert [jti.split(".")[0] for jti in jtis] == [credentials.grant_id(family)] * 2
+    assert jtis[0] != jtis[1]
+    assert family not in jtis[0]
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,45 @@
-"""Signing keys: one at the first start, kept, named by its thumbprint."""
+"""Signing keys: made at the first start, rotated without a gap, dead at once when leaked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jwt
 import pytest
-from conftest import settings_for
+from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, settings_for
 from flask import Flask
+from flask.testing import FlaskClient
 from joserfc.jwk import import_key
 
+import keys
 from app import create_app
 
 
-def published(app: Flask) -> list[dict[str, str]]:
-    keys: list[dict[str, str]] = app.test_client().get("/.well-known/jwks.json").json["keys"]
-    return keys
+@pytest.fixture(autouse=True)
+def every_answer_reads_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may answer the key set a second late; these tests do not wait."""
+    monkeypatch.setattr(keys, "_JWKS_STALE", -1)
+
+
+def published(client: FlaskClient) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = client.get("/.well-known/jwks.json").json["keys"]
+    return found
+
+
+def kid_of(token: dict[str, Any]) -> str:
+    return str(jwt.get_unverified_header(token["access_token"])["kid"])
+
+
+def rotate(client: FlaskClient, **body: Any) -> dict[str, Any]:
+    response = client.post("/api/keys/rotate", json=body, headers=OPERATOR)
+    assert response.status_code == 200, response.text
+    return dict(response.json["key"])
+
+
+def states(client: FlaskClient) -> list[str]:
+    return [key["state"] for key in client.get("/api/keys", headers=OPERATOR).json["keys"]]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +51,7 @@ def published(app: Flask) -> list[dict[str, str]]:
     ],
 )
 def test_the_first_start_makes_one_key(tmp_path: Path, algorithm: str, members: dict[str, str]) -> None:
-    (key,) = published(create_app(settings_for(tmp_path, SIGNING_ALG=algorithm)))
+    (key,) = published(create_app(settings_for(tmp_path, SIGNING_ALG=algorithm)).test_client())
     assert key["kid"] == import_key(dict(key)).thumbprint()
     assert {name: key[name] for name in ("alg", "use", *members)} == {
         "alg": algorithm,
@@ -38,14 +62,137 @@ def test_the_first_start_makes_one_key(tmp_path: Path, algorithm: str, members: 
 
 
 def test_a_restart_keeps_the_key(make_app: Callable[..., Flask]) -> None:
-    assert published(make_app()) == published(make_app())
+    assert published(make_app().test_client()) == published(make_app().test_client())
 
 
-def test_a_new_algorithm_gets_a_key_of_its_own_and_the_old_one_stays_published(
+def test_a_key_is_published_then_signs_then_retires_and_is_gone(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create(token_ttl=86_400)
+    old = kid_of(ask_token(client, agent).json)
+    new = rotate(client)["kid"]
+    assert states(client) == ["published", "signing"]
+    assert {key["kid"] for key in published(client)} == {old, new}
+    time_machine.advance(seconds=keys.LEAD - 1)
+    last = ask_token(client, agent).json
+    assert kid_of(last) == old
+    time_machine.advance(seconds=1)
+    assert states(client) == ["signing", "retired"]
+    assert kid_of(ask_token(client, agent).json) == new
+    assert kid_of(ask_refresh(client, last["refresh_token"]).json) == new
+    time_machine.advance(seconds=86_400 - 2)
+    assert client.get("/api/agents/me", headers=bearer(last)).status_code == 200
+    assert {key["kid"] for key in published(client)} == {old, new}
+    time_machine.advance(seconds=2)
+    assert states(client) == ["signing", "gone"]
+    assert [key["kid"] for key in published(client)] == [new]
+
+
+def test_a_verifier_that_kept_the_key_set_for_its_max_age_never_meets_an_unknown_key(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    max_age = int(client.get("/.well-known/jwks.json").headers["Cache-Control"].split("max-age=")[1])
+    cached: list[str] = []
+    fetched_at = time_machine.now()
+    for second in range(0, 1200, 20):
+        if second == 300:
+            rotate(client)
+        if not cached or (time_machine.now() - fetched_at).total_seconds() >= max_age:
+            cached, fetched_at = [key["kid"] for key in published(client)], time_machine.now()
+        assert kid_of(ask_token(client, agent).json) in cached
+        time_machine.advance(seconds=20)
+    assert len(cached) == 2
+
+
+def test_rotating_twice_in_a_row_leaves_no_gap(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    first = kid_of(ask_token(client, agent).json)
+    second = rotate(client)["kid"]
+    time_machine.advance(seconds=100)
+    third = rotate(client)["kid"]
+    seen = []
+    for _ in range(6):
+        seen.append(kid_of(ask_token(client, agent).json))
+        time_machine.advance(seconds=100)
+    assert list(dict.fromkeys(seen)) == [first, second, third]
+
+
+def test_a_leaked_key_is_gone_at_once_with_all_it_signed(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    new = rotate(client, now=True)["kid"]
+    assert states(client) == ["signing"]
+    assert [key["kid"] for key in published(client)] == [new]
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+    fresh = ask_token(client, agent).json
+    assert kid_of(fresh) == new
+    assert client.get("/api/agents/me", headers=bearer(fresh)).status_code == 200
+
+
+def test_a_leaked_key_is_dead_and_unused_in_a_worker_that_has_not_heard_of_it(
     make_app: Callable[..., Flask],
 ) -> None:
-    before = published(make_app())
-    after = published(make_app(SIGNING_ALG="ES256"))
-    assert [key["alg"] for key in after] == ["RS256", "ES256"]
-    assert after[0] == before[0]
-    assert published(make_app()) == after
+    here, there = make_app(), make_app()
+    agent = Operator(here).create()
+    token = ask_token(there.test_client(), agent).json
+    new = rotate(here.test_client(), now=True)["kid"]
+    assert there.test_client().get("/api/agents/me", headers=bearer(token)).status_code == 401
+    fresh = ask_token(there.test_client(), agent).json
+    assert kid_of(fresh) == new
+    assert there.test_client().get("/api/agents/me", headers=bearer(fresh)).status_code == 200
+
+
+def test_a_token_of_a_new_key_is_good_in_a_worker_that_has_not_heard_of_it(
+    make_app: Callable[..., Flask],
+) -> None:
+    here, there = make_app(), make_app()
+    agent = Operator(here).create()
+    ask_token(there.test_client(), agent)
+    rotate(here.test_client(), now=True)
+    fresh = ask_token(here.test_client(), agent).json
+    assert there.test_client().get("/api/agents/me", headers=bearer(fresh)).status_code == 200
+
+
+def test_a_change_of_algorithm_is_a_rotation(make_app: Callable[..., Flask], time_machine: Clock) -> None:
+    before = make_app()
+    agent = Operator(before).create()
+    token = ask_token(before.test_client(), agent).json
+    after = make_app(SIGNING_ALG="ES256").test_client()
+    assert [key["alg"] for key in published(after)] == ["RS256", "ES256"]
+    assert kid_of(ask_token(after, agent).json) == kid_of(token)
+    time_machine.advance(seconds=keys.LEAD)
+    fresh = ask_token(after, agent).json
+    assert jwt.get_unverified_header(fresh["access_token"])["alg"] == "ES256"
+    for good in (token, fresh):
+        assert after.get("/api/agents/me", headers=bearer(good)).status_code == 200
+    assert len(published(make_app(SIGNING_ALG="ES256").test_client())) == 2, "a restart makes no other"
+
+
+def test_the_list_shows_no_key(client: FlaskClient) -> None:
+    (key,) = client.get("/api/keys", headers=OPERATOR).json["keys"]
+    assert set(key) == {"kid", "alg", "state", "created_at", "signs_from", "gone_at"}
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/keys"), ("POST", "/api/keys/rotate")])
+def test_keys_are_the_operators(client: FlaskClient, token: dict[str, Any], method: str, path: str) -> None:
+    assert client.open(path, method=method).status_code == 401
+    assert client.open(path, method=method, headers=bearer(token)).status_code == 403
+
+
+@pytest.mark.parametrize("body", [{"now": "yes"}, {"now": None}, {"later": True}, []])
+def test_a_bad_rotation_is_refused(client: FlaskClient, body: Any) -> None:
+    assert client.post("/api/keys/rotate", json=body, headers=OPERATOR).status_code == 400
+    assert len(published(client)) == 1
+
+
+def test_the_commands_list_and_rotate(app: Flask) -> None:
+    run = app.test_cli_runner().invoke
+    assert "signing" in run(args=["keys", "list"]).output
+    assert "signs from" in run(args=["keys", "rotate"]).output
+    listed = run(args=["keys", "list"]).output.splitlines()
+    assert [line.split()[1] for line in listed] == ["STATE", "published", "signing"]
+    run(args=["keys", "rotate", "--now"])
+    assert len(run(args=["keys", "list"]).output.splitlines()) == 2

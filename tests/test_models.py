@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import Operator, ask_refresh, ask_token, settings_for
+from conftest import OPERATOR, Operator, ask_refresh, ask_token, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -67,9 +67,10 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
     ask_refresh(client, token["refresh_token"])
     ask_refresh(client, token["refresh_token"])  # a reuse, which ends the family
     new = operator.act(agent, "rotate").json
-    client.delete("/api/agents/me", headers={"Authorization": f"Bearer {token['access_token']}"})
-    assert new
-    assert synchronous_levels == ["FULL", "NORMAL", "FULL", "FULL", "FULL", "FULL"]
+    token = ask_token(client, {**agent, **new}).json
+    client.post("/oauth/revoke", json={"token": token["access_token"]}, headers=OPERATOR)
+    client.delete(f"/api/agents/{agent['agent']['id']}", headers=OPERATOR)
+    assert synchronous_levels == ["FULL", "NORMAL", "FULL", "FULL", "FULL", "NORMAL", "FULL", "FULL"]
 
 
 def lock(folder: Path) -> sqlite3.Connection:

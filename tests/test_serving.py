@@ -20,6 +20,8 @@ import pytest
 import requests
 from authlib.integrations.requests_client import OAuth2Session
 from conftest import Server
+from joserfc import jwt as jose
+from joserfc.jwk import ECKey
 
 from config import HERE
 
@@ -288,6 +290,87 @@ def test_twelve_uses_of_one_refresh_token_have_one_winner_at_most_and_end_the_fa
             assert requests.post(f"{local.url}/oauth/refresh", json=following).status_code == 400
 
 
+def test_a_rotation_of_the_signing_key_under_load_fails_no_verification(
+    serve: Serve,
+) -> None:
+    server = serve(LOCAL="1").wait()
+    agent = register(server)
+    keys = jwt.PyJWKClient(f"{server.url}/.well-known/jwks.json")
+    issuer = f"http://localhost:{server.port}"
+    until = time.monotonic() + 3
+
+    def ask_and_verify(number: int) -> int:
+        verified = 0
+        with requests.Session() as session:
+            while time.monotonic() < until:
+                token = session.post(f"{server.url}/oauth/token", json=token_body(agent)).json()[
+                    "access_token"
+                ]
+                key = keys.get_signing_key_from_jwt(token)
+                jwt.decode(token, key, algorithms=["RS256"], audience=issuer, issuer=issuer)
+                header = {"Authorization": f"Bearer {token}"}
+                assert session.get(f"{server.url}/api/agents/me", headers=header).status_code == 200
+                verified += 1
+        return verified
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(ask_and_verify, number) for number in range(8)]
+        for _ in range(2):
+            time.sleep(1)
+            assert requests.post(f"{server.url}/api/keys/rotate").status_code == 200
+        assert min(future.result() for future in running) > 0
+    assert len(requests.get(f"{server.url}/.well-known/jwks.json").json()["keys"]) == 3
+
+
+def test_a_leaked_key_is_dead_in_every_worker(local: Server) -> None:
+    agent = register(local)
+
+    def ask() -> requests.Response:
+        return requests.post(f"{local.url}/oauth/token", json=token_body(agent))
+
+    assert each_worker(local, ask) == {200}
+    header = {"Authorization": f"Bearer {ask().json()['access_token']}"}
+
+    def use() -> requests.Response:
+        return requests.get(f"{local.url}/api/agents/me", headers=header)
+
+    assert each_worker(local, use) == {200}
+    requests.post(f"{local.url}/api/keys/rotate", json={"now": True})
+    assert each_worker(local, use) == {401}
+    fresh = [ask().json()["access_token"] for _ in range(12)]
+    assert len({jwt.get_unverified_header(token)["kid"] for token in fresh}) == 1
+
+
+def test_an_assertion_works_once_across_workers(local: Server) -> None:
+    key = ECKey.generate_key("P-256")
+    jwks = {"keys": [key.as_dict(private=False)]}
+    agent = register(local, token_endpoint_auth_method="private_key_jwt", jwks=jwks)
+    claims = {"iss": agent["client_id"], "sub": agent["client_id"], "jti": "once"}
+    claims |= {"aud": f"http://localhost:{local.port}", "exp": int(time.time()) + 60}
+    body = {
+        "grant_type": "client_credentials",
+        "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+        "client_assertion": jose.encode({"alg": "ES256"}, claims, key),
+    }
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: requests.post(f"{local.url}/oauth/token", data=body), range(12)))
+    assert sorted(answer.status_code for answer in answers) == [200, *[401] * 11]
+
+
+def test_a_port_that_is_taken_stops_the_start_with_one_sentence(serve: Serve, local: Server) -> None:
+    second = serve(PORT=str(local.port))
+    assert second.process.wait(20) != 0
+    assert second.log.read_text().startswith("Lanyard will not start: LANYARD_HOST and LANYARD_PORT must")
+    assert second.log.read_text().count("\n") == 1
+
+
+def test_files_that_vanish_are_a_503_and_no_new_database(local: Server) -> None:
+    for path in local.instance.glob("lanyard.db*"):
+        path.unlink()
+    assert {requests.get(f"{local.url}/api/agents").status_code for _ in range(12)} <= {200, 503}
+    assert not (local.instance / "lanyard.db").exists()
+
+
 def test_many_connections_see_no_error(serve: Serve) -> None:
     server = serve(LOCAL="1").wait()
     agents = [register(server) for _ in range(4)]
@@ -329,7 +412,7 @@ def test_no_secret_is_in_the_log_even_at_debug_level(serve: Serve, tmp_path: Pat
     refresh = {"refresh_token": token["refresh_token"]}
     newest = requests.post(f"{server.url}/oauth/refresh", json=refresh).json()
     requests.post(f"{server.url}/oauth/refresh", json=refresh)
-    header = {"Authorization": f"Bearer {token['access_token']}"}
+    header = {"Authorization": f"Bearer {basic['access_token']}"}
     rotated = requests.post(f"{server.url}/api/agents/me/rotate", headers=header).json()["client_secret"]
     requests.post(f"{server.url}/oauth/token", json={**token_body(agent), "scope": 5})
     requests.get(f"{server.url}/api/agents/me", headers={"Authorization": f"Bearer {rotated}"})

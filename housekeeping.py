@@ -1,0 +1,82 @@
+"""Rubbish goes by itself: what has expired is deleted in small batches, between requests."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import sqlalchemy as sa
+from flask import Flask, Response
+from sqlalchemy.exc import OperationalError
+
+import clock
+from models import Base, writing
+
+BATCH = 500  # rows of one table in one transaction: a few milliseconds of the write lock
+PAUSE = 10  # seconds a process leaves between sweeps that found nothing left to do
+
+_EXPIRING = {
+    "refresh_families": "expires_at",
+    "spent_assertions": "expires_at",
+    "revoked_tokens": "expires_at",
+    "client_secrets": "expires_at",
+    "signing_keys": "gone_at",
+}
+
+
+def init_app(app: Flask) -> None:
+    """Sweep after an answer has been sent, when it is time again.
+
+    There is no thread or timer to look after: rubbish only comes with requests, so it goes with them.
+    """
+    due = _Due()
+
+    def after_request(response: Response) -> Response:
+        if due.now():
+            response.call_on_close(lambda: _sweep_in(app, due))
+        return response
+
+    app.after_request(after_request)
+
+
+def sweep() -> bool:
+    """Delete one batch of what has expired; returns whether there may be more."""
+    deleted = []
+    for name, expires_at in _EXPIRING.items():
+        table = Base.metadata.tables[name]
+        key = tuple(table.primary_key)
+        expired = sa.select(*key).where(table.c[expires_at] <= clock.now()).limit(BATCH)
+        statement = sa.delete(table).where(sa.tuple_(*key).in_(expired))
+        with writing(durable=False) as connection:
+            deleted.append(connection.execute(statement).rowcount)
+    return max(deleted) == BATCH
+
+
+class _Due:
+    """When this process sweeps next; one request at a time is told that it is now."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = time.monotonic() + PAUSE
+
+    def now(self) -> bool:
+        with self._lock:
+            if time.monotonic() < self._next:
+                return False
+            # Not for ever: a server might lose an answer without closing it.
+            self._next = time.monotonic() + 6 * PAUSE
+            return True
+
+    def again(self, *, at_once: bool) -> None:
+        self._next = time.monotonic() + (0 if at_once else PAUSE)
+
+
+def _sweep_in(app: Flask, due: _Due) -> None:
+    more = False
+    try:
+        with app.app_context():
+            more = sweep()
+    except OperationalError:
+        pass  # locked or full just now: the next sweep finds it all again
+    finally:
+        due.again(at_once=more)

@@ -1,0 +1,98 @@
+"""What the server says of itself at `/.well-known/*`: RFC 8414, RFC 9728, and the key set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
+from flask import Flask, Response, jsonify, request
+
+import keys
+from bearer import ADMIN_SCOPE
+from clients import ASSERTION_ALGORITHMS, AUTH_METHODS
+from config import Settings, settings
+from wire import Blueprint
+
+MAX_AGE = 3600  # seconds
+
+blueprint = Blueprint("well_known", __name__, description="What the server says of itself")
+
+
+class Metadata(AuthorizationServerMetadata):
+    """RFC 8414 §2, checked by Authlib."""
+
+    def validate_response_types_supported(self) -> None:
+        """Required and empty: there is no authorization endpoint to speak of.
+
+        Clients in use, the MCP SDKs among them, reject a document without it.
+        """
+
+
+@blueprint.get("/.well-known/oauth-authorization-server")
+@blueprint.get("/.well-known/openid-configuration")
+def authorization_server() -> Response:
+    """RFC 8414; many clients look for it only where OpenID Connect has it."""
+    return _cacheable(_metadata(settings()), MAX_AGE)
+
+
+@blueprint.get("/.well-known/oauth-protected-resource")
+def protected_resource() -> Response:
+    """RFC 9728: who gives out the tokens that Lanyard's own API takes."""
+    return _cacheable(_resource_metadata(settings()), MAX_AGE)
+
+
+@blueprint.get("/.well-known/jwks.json")
+def jwks() -> Response:
+    """The public keys (RFC 7517 §5)."""
+    return _cacheable(keys.public_jwks(), keys.JWKS_MAX_AGE)
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Check the metadata, and answer it where an issuer with a path has it (RFC 8414 §3.1)."""
+    Metadata(_metadata(settings)).validate()
+    path = settings.issuer_path
+    if path:
+        for name, view in (
+            ("oauth-authorization-server", authorization_server),
+            ("openid-configuration", authorization_server),
+            ("oauth-protected-resource", protected_resource),
+        ):
+            app.add_url_rule(f"/.well-known/{name}{path}", f"{name}{path}", view)
+
+
+def _metadata(settings: Settings) -> dict[str, Any]:
+    """True to what is offered; the authorization endpoint is named because clients want one named."""
+    algorithms = list(ASSERTION_ALGORITHMS.allowed or ())
+    document: dict[str, Any] = {
+        "issuer": settings.issuer,
+        "authorization_endpoint": settings.url("/oauth/authorize"),
+        "token_endpoint": settings.url("/oauth/token"),
+        "jwks_uri": settings.url("/.well-known/jwks.json"),
+        "introspection_endpoint": settings.url("/oauth/introspect"),
+        "revocation_endpoint": settings.url("/oauth/revoke"),
+        "response_types_supported": [],
+        "grant_types_supported": ["client_credentials", "refresh_token"],
+    }
+    for endpoint in ("token", "introspection", "revocation"):
+        document[f"{endpoint}_endpoint_auth_methods_supported"] = list(AUTH_METHODS)
+        document[f"{endpoint}_endpoint_auth_signing_alg_values_supported"] = algorithms
+    return document
+
+
+def _resource_metadata(settings: Settings) -> dict[str, Any]:
+    return {
+        "resource": settings.issuer,
+        "resource_name": "Lanyard",
+        "authorization_servers": [settings.issuer],
+        "jwks_uri": settings.url("/.well-known/jwks.json"),
+        "scopes_supported": [ADMIN_SCOPE],
+        "bearer_methods_supported": ["header"],
+    }
+
+
+def _cacheable(document: dict[str, Any], max_age: int) -> Response:
+    response = jsonify(document)
+    response.headers["Cache-Control"] = f"public, max-age={max_age}"
+    response.add_etag()
+    response.make_conditional(request)
+    return response

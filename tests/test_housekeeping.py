@@ -1,0 +1,80 @@
+"""Rubbish goes by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token
+from flask import Flask
+from flask.testing import FlaskClient
+
+import housekeeping
+from models import Base, db
+
+
+@pytest.fixture
+def app(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> Flask:
+    """An app that sweeps after every answer, two rows at a time."""
+    monkeypatch.setattr(housekeeping, "PAUSE", 0)
+    monkeypatch.setattr(housekeeping, "BATCH", 2)
+    made: Flask = make_app()
+    return made
+
+
+def rows(app: Flask, table: str) -> int:
+    with app.app_context():
+        count = sa.select(sa.func.count()).select_from(Base.metadata.tables[table])
+        return int(db.session.scalar(count) or 0)
+
+
+def test_what_has_expired_is_deleted_a_batch_at_a_time(
+    app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    tokens = [ask_token(client, agent).json for _ in range(5)]
+    for token in tokens:
+        client.post("/oauth/revoke", json={"token": token["access_token"]}, headers=OPERATOR)
+    operator.act(agent, "rotate", grace_period=60)
+    client.post("/api/keys/rotate", headers=OPERATOR)
+    tables = ["refresh_families", "revoked_tokens", "client_secrets", "signing_keys"]
+    assert [rows(app, table) for table in tables] == [5, 5, 2, 2]
+    time_machine.advance(days=8)
+    client.get("/health").close()
+    assert [rows(app, table) for table in tables] == [3, 3, 1, 1]
+    for _ in range(2):
+        client.get("/health").close()
+    assert [rows(app, table) for table in tables] == [0, 0, 1, 1]
+
+
+def test_what_is_good_stays(app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock) -> None:
+    token = ask_token(client, operator.create()).json
+    time_machine.advance(days=6)
+    for _ in range(3):
+        client.get("/health").close()
+    assert ask_refresh(client, token["refresh_token"]).status_code == 200
+
+
+def test_under_a_constant_load_nothing_piles_up(
+    app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    most = 0
+    for _ in range(300):
+        ask_token(client, agent).close()
+        time_machine.advance(hours=12)
+        most = max(most, rows(app, "refresh_families"))
+    assert most <= 15, "seven days of two a day, and the newest"
+
+
+def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
+    app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bool:
+        raise sa.exc.OperationalError("sweep", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(housekeeping, "sweep", fail)
+    assert client.get("/health").status_code == 200
+    monkeypatch.undo()
+    assert client.get("/health").status_code == 200
