@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,9 +42,11 @@ _HTTP_ERRORS = {
 }
 
 
-def create_app(settings: Settings | None = None) -> Flask:
+def create_app(settings: Settings | None = None, *, serving: bool = False) -> Flask:
     """The WSGI app. On its first start it makes the database, the signing key and the admin token.
 
+    :param serving: a server starts, so that a changed LANYARD_SIGNING_ALG takes effect; a command,
+        which may be run without the server's environment, must not change what the server signs with.
     :raises SettingError: when an environment variable will not do.
     """
     settings = settings or Settings.from_env()
@@ -59,7 +62,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
-    _open_instance(app, settings)
+    _open_instance(app, settings, serving)
     bearer.init_app(app, settings)
     oauth.init_app(app, settings)
     metadata.init_app(app, settings)
@@ -71,9 +74,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     return app
 
 
-def _open_instance(app: Flask, settings: Settings) -> None:
+def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     try:
-        models.init_database(app, settings, fill=keys.ensure_signing_key)
+        models.init_database(app, settings, fill=partial(keys.ensure_signing_key, follow_setting=serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None

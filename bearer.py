@@ -13,6 +13,7 @@ from authlib.oauth2.rfc9068.claims import JWTAccessTokenClaims
 from flask import Flask, current_app, g, request
 from joserfc import jwt
 from joserfc.errors import JoseError
+from sqlalchemy import bindparam
 
 import access
 import clock
@@ -58,7 +59,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token.validate(now=int(clock.now().timestamp()))
         except JoseError:
             raise InvalidTokenError() from None
-        agent = db.session.scalar(_standing_agent(token))
+        agent = _standing_agent(token)
         if agent is None or not agent.is_live(clock.now()):
             raise InvalidTokenError()
         # A scope taken from the agent is gone from its older tokens too.
@@ -68,20 +69,28 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         token.agent, token.scopes = agent, held
 
 
-def _standing_agent(token: JWTAccessTokenClaims) -> sa.Select[Agent]:
-    """The agent of a token, unless the token, its grant, its version or its key has been ended since."""
-    jti = str(token["jti"])
-    revoked = sa.select(RevokedToken.id).where(RevokedToken.id.in_([jti, jti.partition(".")[0]]))
-    return (
-        sa.select(Agent)
-        .join(SigningKey, SigningKey.kid == token.header["kid"])
-        .where(
-            Agent.client_id == token["client_id"],
-            Agent.id == token.get("agent_id"),
-            Agent.token_version == token.get("ver"),
-            ~revoked.exists(),
-        )
+# The agent of a token, unless the token, its grant, its version or its key has been ended since.
+_STANDING_AGENT = (
+    sa.select(Agent)
+    .join(SigningKey, SigningKey.kid == bindparam("kid"))
+    .where(
+        Agent.client_id == bindparam("client_id"),
+        Agent.id == bindparam("agent_id"),
+        Agent.token_version == bindparam("version"),
+        ~sa.exists().where(RevokedToken.id.in_([bindparam("jti"), bindparam("grant")])),
     )
+)
+
+
+def _standing_agent(token: JWTAccessTokenClaims) -> Agent | None:
+    jti = str(token["jti"])
+    values = {"jti": jti, "grant": jti.partition(".")[0], "kid": token.header["kid"]}
+    values |= {
+        "client_id": token["client_id"],
+        "agent_id": token.get("agent_id"),
+        "version": token.get("ver"),
+    }
+    return db.session.scalar(_STANDING_AGENT, values)
 
 
 def init_app(app: Flask, settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 
 import sqlalchemy as sa
 from flask import Flask, Response
@@ -15,12 +16,14 @@ from models import Base, writing
 BATCH = 500  # rows of one table in one transaction: a few milliseconds of the write lock
 PAUSE = 10  # seconds a process leaves between sweeps that found nothing left to do
 
+# Each table's column that tells a row's end, and for how long after it the row is still wanted.
 _EXPIRING = {
-    "refresh_families": "expires_at",
-    "spent_assertions": "expires_at",
-    "revoked_tokens": "expires_at",
-    "client_secrets": "expires_at",
-    "signing_keys": "gone_at",
+    "refresh_families": ("expires_at", timedelta(0)),
+    "spent_assertions": ("expires_at", timedelta(0)),
+    "revoked_tokens": ("expires_at", timedelta(0)),
+    "client_secrets": ("expires_at", timedelta(0)),
+    "signing_keys": ("gone_at", timedelta(0)),
+    "usage_days": ("day", timedelta(days=31)),
 }
 
 
@@ -42,10 +45,10 @@ def init_app(app: Flask) -> None:
 def sweep() -> bool:
     """Delete one batch of what has expired; returns whether there may be more."""
     deleted = []
-    for name, expires_at in _EXPIRING.items():
+    for name, (column, kept) in _EXPIRING.items():
         table = Base.metadata.tables[name]
         key = tuple(table.primary_key)
-        expired = sa.select(*key).where(table.c[expires_at] <= clock.now()).limit(BATCH)
+        expired = sa.select(*key).where(table.c[column] <= clock.now() - kept).limit(BATCH)
         statement = sa.delete(table).where(sa.tuple_(*key).in_(expired))
         with writing(durable=False) as connection:
             deleted.append(connection.execute(statement).rowcount)

@@ -61,23 +61,28 @@ class Keyring:
         return [key for row, key in pairs if row.gone_at is None or row.gone_at > now]
 
 
-def ensure_signing_key() -> None:
-    """Make the first key, or the next one when the configured algorithm has changed.
+def ensure_signing_key(*, follow_setting: bool) -> None:
+    """Make the first key; in the caller's transaction.
 
-    In the caller's transaction.
+    :param follow_setting: make the next key, too, when the newest is not of the configured algorithm.
     """
-    newest = db.session.scalar(sa.select(SigningKey).order_by(SigningKey.pk.desc()).limit(1))
-    if newest is None or newest.alg != settings().signing_alg:
-        rotate(at_once=newest is None)
+    alg = _newest_alg()
+    if alg is None:
+        rotate(settings().signing_alg, at_once=True)
+    elif follow_setting and alg != settings().signing_alg:
+        rotate(settings().signing_alg)
 
 
-def rotate(*, at_once: bool = False) -> SigningKey:
+def rotate(alg: str | None = None, *, at_once: bool = False) -> SigningKey:
     """Publish a new key, which signs when every verifier knows it; in the caller's transaction.
 
+    :param alg: its algorithm; that of the newest key unless given.
     :param at_once: it signs now, and all others are gone with every token they signed: for a leak.
     """
     now = clock.now()
-    key = _new_key(settings().signing_alg, now, now if at_once else now + timedelta(seconds=LEAD))
+    key = _new_key(
+        alg or _newest_alg() or settings().signing_alg, now, now if at_once else now + timedelta(seconds=LEAD)
+    )
     if at_once:
         db.session.execute(sa.delete(SigningKey))
     else:
@@ -151,6 +156,10 @@ def public_jwks() -> dict[str, Any]:
     if time.monotonic() - ring.read_at > _JWKS_STALE:
         ring = _read_keys()
     return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
+
+
+def _newest_alg() -> str | None:
+    return db.session.scalar(sa.select(SigningKey.alg).order_by(SigningKey.pk.desc()).limit(1))
 
 
 def _keyring() -> Keyring:

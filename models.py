@@ -180,7 +180,7 @@ class UsageDay(Base):
     __table_args__ = {"sqlite_with_rowid": False}
 
     agent_pk: Mapped[int] = _agent_pk(primary_key=True)
-    day: Mapped[date] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True, index=True)
     tokens_issued: Mapped[int] = mapped_column(default=0)
     tokens_refreshed: Mapped[int] = mapped_column(default=0)
 

@@ -9,6 +9,6 @@ from config import SettingError
 logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
 
 try:
-    app = create_app()
+    app = create_app(serving=True)
 except SettingError as error:
     sys.exit(f"Lanyard will not start: {error}")

@@ -50,7 +50,7 @@ def make_app(tmp_path: Path, first_start: Path) -> Callable[..., Flask]:
         if not folder.exists():
             folder.mkdir()
             shutil.copy(first_start, folder)
-        return create_app(settings_for(folder, **variables))
+        return create_app(settings_for(folder, **variables), serving=True)
 
     return make
 

@@ -48,6 +48,16 @@ def test_what_has_expired_is_deleted_a_batch_at_a_time(
     assert [rows(app, table) for table in tables] == [0, 0, 1, 1]
 
 
+def test_days_that_the_usage_shows_no_more_are_deleted(
+    app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    for _ in range(40):
+        ask_token(client, agent).close()
+        time_machine.advance(days=1)
+    assert 30 <= rows(app, "usage_days") <= 32
+
+
 def test_what_is_good_stays(app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock) -> None:
     token = ask_token(client, operator.create()).json
     time_machine.advance(days=6)

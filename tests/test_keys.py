@@ -171,6 +171,16 @@ def test_a_change_of_algorithm_is_a_rotation(make_app: Callable[..., Flask], tim
     assert len(published(make_app(SIGNING_ALG="ES256").test_client())) == 2, "a restart makes no other"
 
 
+def test_a_command_without_the_servers_environment_changes_no_algorithm(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
+    server = make_app(SIGNING_ALG="ES256", INSTANCE=str(tmp_path / "new"))
+    command = create_app(settings_for(tmp_path / "new"))
+    assert len(published(server.test_client())) == 1
+    command.test_cli_runner().invoke(args=["keys", "rotate"])
+    assert [key["alg"] for key in published(server.test_client())] == ["ES256", "ES256"]
+
+
 def test_the_list_shows_no_key(client: FlaskClient) -> None:
     (key,) = client.get("/api/keys", headers=OPERATOR).json["keys"]
     assert set(key) == {"kid", "alg", "state", "created_at", "signs_from", "gone_at"}
