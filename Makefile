@@ -15,7 +15,7 @@ run: .venv/installed ## start Lanyard for this machine: http://localhost:8080, n
 
 install: .venv/installed ## make .venv with what Lanyard needs
 
-test: .venv/installed-dev ## run the tests
+test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
 
 check: .venv/installed-dev ## lint, format, types, and known holes in the dependencies
@@ -28,6 +28,10 @@ check: .venv/installed-dev ## lint, format, types, and known holes in the depend
 	0:*"could not be audited"* | [1-9]*) echo "pip-audit could not look up every dependency here." ;; \
 	*) echo "No dependency has a known hole." ;; \
 	esac
+
+# Clients written in JavaScript are tested where npm is.
+tests/node/node_modules: tests/node/package-lock.json
+	@if command -v npm > /dev/null; then npm ci --prefix tests/node --silent && touch $@; fi
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lanyard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...")'

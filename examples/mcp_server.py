@@ -1,0 +1,81 @@
+"""An MCP server that takes Lanyard's access tokens, verified offline with the public keys Lanyard publishes.
+
+Its URL is the audience: an agent has it among its `audiences` and signs in as `mcp_client.py` does.
+
+    pip install mcp
+    python mcp_server.py http://localhost:8080 http://localhost:8000/mcp
+"""
+
+import asyncio
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+import jwt
+from mcp.server.auth.middleware.auth_context import get_access_token
+from mcp.server.auth.provider import AccessToken
+from mcp.server.auth.settings import AuthSettings
+from mcp.server.mcpserver import MCPServer
+
+ISSUER, URL = sys.argv[1:]
+ALGORITHMS = ["RS256", "ES256", "EdDSA"]  # what LANYARD_SIGNING_ALG may be
+CLAIMS = ["iss", "aud", "exp", "sub", "client_id", "scope"]
+
+
+class OfflineVerifier:
+    """The SDK's TokenVerifier: asks nobody but the key set, which it keeps for five minutes."""
+
+    def __init__(self) -> None:
+        self.keys = jwt.PyJWKClient(f"{ISSUER}/.well-known/jwks.json")
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        """What a good access token says (RFC 9068 §4), or None."""
+        try:
+            # In a thread: now and then it fetches the keys.
+            found = await asyncio.to_thread(self.verify, token)
+        except jwt.PyJWKClientConnectionError:
+            raise  # nothing is known of the token while there are no keys
+        except (jwt.InvalidTokenError, jwt.PyJWKClientError):
+            return None
+        claims = found["payload"]
+        if found["header"].get("typ") != "at+jwt":  # other JWTs of the same issuer are not access tokens
+            return None
+        return AccessToken(
+            token=token,
+            client_id=claims["client_id"],
+            scopes=claims["scope"].split(),
+            expires_at=claims["exp"],
+            resource=URL,
+            subject=claims["sub"],
+            claims=claims,
+        )
+
+    def verify(self, token: str) -> dict[str, Any]:
+        """Header and claims, when signature, issuer, audience and times are right."""
+        options: Any = {"require": CLAIMS}
+        key = self.keys.get_signing_key_from_jwt(token)
+        return jwt.decode_complete(token, key, ALGORITHMS, options, audience=URL, issuer=ISSUER)
+
+
+server = MCPServer(
+    "reports",
+    token_verifier=OfflineVerifier(),
+    auth=AuthSettings(
+        # Strings: an AnyHttpUrl would put a slash behind the issuer, and clients compare it exactly.
+        issuer_url=ISSUER,
+        resource_server_url=URL,
+        required_scopes=["read"],
+        validate_token_resource=True,
+    ),
+)
+
+
+@server.tool()
+def whoami() -> str:
+    """The client id of the agent that calls."""
+    token = get_access_token()
+    return token.client_id if token else ""
+
+
+if __name__ == "__main__":
+    server.run("streamable-http", port=urlsplit(URL).port or 80)
