@@ -12,6 +12,7 @@ import sqlalchemy as sa
 import bearer
 import clock
 import credentials
+import events
 import schemas
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, writing
 from wire import Blueprint, Problem
@@ -38,6 +39,7 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
         agent = _new_agent(fields)
         if secret:
             _add_secret(agent, secret)
+        events.record("agent.created", agent)
     answer = {"agent": agent, "client_id": agent.client_id}
     if secret:
         answer["client_secret"] = secret.text
@@ -71,6 +73,7 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     with writing():
         agent = _find(agent_id)
         _set_fields(agent, fields)
+        events.record("agent.updated", agent, changed=sorted(_public_names(fields)))
     return {"agent": agent}
 
 
@@ -79,7 +82,7 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
 def delete_agent(agent_id: str) -> None:
     """Delete the agent and all its tokens."""
     with writing():
-        db.session.delete(_find(agent_id))
+        delete(_find(agent_id))
 
 
 @management.post("/<agent_id>")
@@ -138,6 +141,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
         if secret is None:
             raise Problem(404, "not_found", "This agent has no live secret with this id.")
         db.session.delete(secret)
+        events.record("agent.updated", _find(agent_id), changed=["secrets"])
 
 
 @self_service.get("")
@@ -189,7 +193,7 @@ def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
 def delete_me() -> None:
     """Delete the calling agent and all its tokens."""
     with writing():
-        db.session.delete(_myself())
+        delete(_myself())
 
 
 def rotate(
@@ -222,6 +226,8 @@ def rotate(
     if revoke_tokens:
         _end_tokens(agent)
     agent.updated_at = now
+    told = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
+    events.record("agent.credentials_rotated", agent, rotated_by=rotated_by, **told)
 
 
 def deactivate(agent: Agent) -> None:
@@ -230,6 +236,7 @@ def deactivate(agent: Agent) -> None:
         agent.is_active = False
         agent.updated_at = clock.now()
         _end_tokens(agent)
+        events.record("agent.deactivated", agent)
 
 
 def reactivate(agent: Agent) -> None:
@@ -240,6 +247,13 @@ def reactivate(agent: Agent) -> None:
     if not agent.is_active:
         agent.is_active = True
         agent.updated_at = now
+        events.record("agent.reactivated", agent)
+
+
+def delete(agent: Agent) -> None:
+    """Delete the agent with all its tokens; in the caller's transaction."""
+    events.record("agent.deleted", agent)
+    db.session.delete(agent)
 
 
 def _rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
@@ -294,6 +308,10 @@ def _set_fields(agent: Agent, fields: dict[str, Any]) -> None:
             _set_expiry(agent, value)
         else:
             setattr(agent, name, value)
+
+
+def _public_names(fields: dict[str, Any]) -> list[str]:
+    return [name.rstrip("_") for name in fields]
 
 
 def _set_expiry(agent: Agent, expires_in: int | None) -> None:

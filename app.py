@@ -20,6 +20,7 @@ import agents
 import bearer
 import cli
 import credentials
+import events
 import housekeeping
 import keys
 import management
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
+    events.init_app(app)
     bearer.init_app(app, settings)
     oauth.init_app(app, settings)
     metadata.init_app(app, settings)
@@ -119,9 +121,9 @@ def ready() -> dict[str, str]:
 
 def _register_routes(app: Flask) -> None:
     api = Api(app)
-    for blueprint in (service, oauth.blueprint, metadata.blueprint, management.blueprint):
+    for blueprint in (service, oauth.blueprint, metadata.blueprint):
         api.register_blueprint(blueprint)
-    for blueprint in (agents.management, agents.self_service):
+    for blueprint in (agents.management, agents.self_service, management.keys_room, management.event_log):
         api.register_blueprint(blueprint)
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import bindparam
 
 import access
 import clock
+import events
 import keys
 from config import Settings, settings
 from models import Agent, RevokedToken, SigningKey, db
@@ -106,23 +107,35 @@ def init_app(app: Flask, settings: Settings) -> None:
 def require_agent() -> None:
     """Let an agent with a good access token through; `current_agent()` is then that agent."""
     _require(None)
+    events.caller_is(current_agent().id)
 
 
 def require_operator() -> None:
     """Let the operator through, and an agent whose token carries the `admin` scope."""
-    if not access.is_operator():
+    if access.is_operator():
+        events.caller_is(events.OPERATOR)
+        return
+    try:
         _require(ADMIN_SCOPE)
+    except Problem as problem:
+        if problem.status == 401 and "Authorization" in request.headers:
+            events.record_failure(None)
+        raise
+    events.caller_is(current_agent().id)
 
 
-def look_at(token_string: str) -> dict[str, Any] | None:
-    """The claims of a good access token for whatever audience, or None; `scope` is what it still holds."""
+def look_at(token_string: str) -> tuple[dict[str, Any], Agent] | None:
+    """The claims of a good access token, whatever its audience, and its agent.
+
+    `scope` in the claims is what the token still holds.
+    """
     validator: AccessTokenValidator = current_app.extensions[_ANY_AUDIENCE]
     try:
         token = validator.authenticate_token(token_string)
         validator.validate_token(token, None, None)
     except InvalidTokenError:
         return None
-    return {**token, "scope": " ".join(token.scopes)}
+    return {**token, "scope": " ".join(token.scopes)}, token.agent
 
 
 def current_agent() -> Agent:

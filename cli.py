@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import click
+import sqlalchemy as sa
 from flask import Flask
 from flask.cli import AppGroup
 
 import keys
-from models import writing
+import schemas
+from models import Event, db, writing
 
 signing_keys = AppGroup("keys", help="Signing keys: list them, rotate them.")
+
+
+event_log = AppGroup("events", help="What happened.")
 
 
 def init_app(app: Flask) -> None:
     """Add the commands to Flask's own."""
     app.cli.add_command(signing_keys)
+    app.cli.add_command(event_log)
 
 
 @signing_keys.command("list")
@@ -33,5 +42,25 @@ def list_keys() -> None:
 def rotate_key(now: bool) -> None:
     """Publish a new key; it signs once every verifier can know it."""
     with writing():
-        key = keys.rotate(at_once=now)
+        keys.rotate(at_once=now)
+    key = keys.list_keys()[0]
     click.echo(f"Key {key.kid} signs from {key.signs_from:%Y-%m-%dT%H:%M:%SZ}.")
+
+
+@event_log.command("tail")
+@click.option("--lines", "-n", default=20, show_default=True, help="How many of the past to begin with.")
+@click.option("--follow/--no-follow", default=True, help="Wait for what happens next.")
+def tail_events(lines: int, follow: bool) -> None:
+    """Print events as they happen, one JSON object a line, oldest first."""
+    schema = schemas.Event()
+    newest = sa.select(Event).order_by(Event.pk.desc()).limit(lines)
+    seen = 0
+    for event in reversed(db.session.scalars(newest).all()):
+        click.echo(json.dumps(schema.dump(event)))
+        seen = event.pk
+    while follow:
+        db.session.rollback()
+        for event in db.session.scalars(sa.select(Event).where(Event.pk > seen).order_by(Event.pk)):
+            click.echo(json.dumps(schema.dump(event)))
+            seen = event.pk
+        time.sleep(1)

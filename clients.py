@@ -20,6 +20,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 import clock
 import credentials
+import events
 from config import settings
 from keys import NEWEST_KEY, Algorithms
 from models import Agent, ClientSecret, Moment, SpentAssertion, db, writing
@@ -34,6 +35,7 @@ ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
 COLUMNS = (
     Agent.pk,
     Agent.id,
+    Agent.name,
     Agent.client_id,
     Agent.scopes,
     Agent.audiences,
@@ -143,10 +145,15 @@ def authenticate(request: OAuth2Request) -> Client:
     :raises InvalidRequestError: when it carries more than one kind.
     :raises AuthenticationFailed: when they are missing, wrong, or of an agent that is switched off.
     """
-    client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
+    try:
+        client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
+    except AuthenticationFailed:
+        events.record_failure(_named_client(request))
+        raise
     if not client.is_live:
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.")
+    events.caller_is(client.row.id)
     return client
 
 
@@ -154,6 +161,12 @@ def carries_credentials(request: OAuth2Request) -> bool:
     """Whether the request tries to authenticate its client at all."""
     sent = {"client_secret", "client_assertion"} & set(request.form)
     return bool(sent) or _basic_credentials(request.headers) is not None
+
+
+def _named_client(request: OAuth2Request) -> str | None:
+    basic = _basic_credentials(request.headers)
+    name = basic[0] if basic else request.form.get("client_id")
+    return name if name and credentials.is_client_id(name) else None
 
 
 def _by_secret(request: OAuth2Request) -> Client:

@@ -40,6 +40,7 @@ class Settings:
     workers: int
     threads: int
     trusted_proxies: int
+    event_retention_days: int
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -67,6 +68,7 @@ class Settings:
             workers=_whole(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
             threads=_whole(env, "THREADS", 4, 1, 64),
             trusted_proxies=proxies,
+            event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 1, 3650),
         )
 
     def url(self, path: str) -> str:

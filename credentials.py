@@ -18,6 +18,7 @@ from flask import Flask, current_app
 _EXTENSION = "lanyard.secrets"
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
+_CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")
 _CLIENT_SECRET = re.compile(r"cs_([A-Za-z0-9_-]{8})[A-Za-z0-9_-]{43}([A-Za-z0-9_-]{6})")
 # rt_ + the family's name (128 random bits, 22) + 256 random bits (43).
 _REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
@@ -47,6 +48,11 @@ def new_client_id() -> str:
     return "cid_" + secrets.token_urlsafe(16)
 
 
+def is_client_id(text: str) -> bool:
+    """Whether the text is shaped like a client id."""
+    return _CLIENT_ID.fullmatch(text) is not None
+
+
 def new_jti(family_id: str) -> str:
     """A token id, RFC 7519 §4.1.7: what all access tokens of a family share, a dot, 128 random bits."""
     return f"{grant_id(family_id)}.{secrets.token_urlsafe(16)}"
@@ -55,6 +61,11 @@ def new_jti(family_id: str) -> str:
 def grant_id(family_id: str) -> str:
     """What access tokens may show of their family: its id itself would let a service end it."""
     return urlsafe_b64encode(digest(family_id)[:12]).decode()
+
+
+def new_event_id() -> str:
+    """An event's or a request's id: `evt_` and 128 random bits."""
+    return "evt_" + secrets.token_urlsafe(16)
 
 
 def new_admin_token() -> str:

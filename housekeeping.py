@@ -11,6 +11,7 @@ from flask import Flask, Response
 from sqlalchemy.exc import OperationalError
 
 import clock
+from config import settings
 from models import Base, writing
 
 BATCH = 500  # rows of one table in one transaction: a few milliseconds of the write lock
@@ -25,6 +26,10 @@ _EXPIRING = {
     "signing_keys": ("gone_at", timedelta(0)),
     "usage_days": ("day", timedelta(days=31)),
 }
+
+
+def _kept() -> dict[str, tuple[str, timedelta]]:
+    return {**_EXPIRING, "events": ("created_at", timedelta(days=settings().event_retention_days))}
 
 
 def init_app(app: Flask) -> None:
@@ -45,7 +50,7 @@ def init_app(app: Flask) -> None:
 def sweep() -> bool:
     """Delete one batch of what has expired; returns whether there may be more."""
     deleted = []
-    for name, (column, kept) in _EXPIRING.items():
+    for name, (column, kept) in _kept().items():
         table = Base.metadata.tables[name]
         key = tuple(table.primary_key)
         expired = sa.select(*key).where(table.c[column] <= clock.now() - kept).limit(BATCH)

@@ -14,6 +14,7 @@ import access
 import bearer
 import clients
 import credentials
+import events
 import tokens
 from config import settings
 from models import writing
@@ -31,6 +32,8 @@ class KnownToken(TokenMixin):
     """A token that is good now, and what introspection answers about it (RFC 7662 §2.2)."""
 
     facts: dict[str, Any]
+    # The agent, as an event tells of it, or the client that its family was found by.
+    agent: Any
 
     def check_client(self, client: Caller) -> bool:
         """Whether the caller may end it: its own agent, or the operator."""
@@ -54,6 +57,7 @@ class _TokenEndpoint:
         :raises AuthenticationFailed: for anyone else.
         """
         if access.carries_admin_token():
+            events.caller_is(events.OPERATOR)
             caller = Caller(None)
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
             bearer.require_agent()
@@ -104,22 +108,22 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
 
     def revoke_token(self, token: KnownToken, request: OAuth2Request) -> None:
         """End it, in every worker, before the answer."""
-        refresh_token = request.form["token"]
-        family_id = credentials.refresh_token_family(refresh_token)
-        if family_id is not None:
-            tokens.end_family(family_id)
+        if isinstance(token.agent, clients.Client):
+            tokens.end_family(token.agent, "token.revoked")
             return
         with writing() as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
             tokens.revoke(connection, token.facts["jti"], expires_at)
+            events.record("token.revoked", token.agent, token="access")
 
 
 def _access_token(text: str) -> KnownToken | None:
-    claims = bearer.look_at(text)
-    if claims is None:
+    found = bearer.look_at(text)
+    if found is None:
         return None
+    claims, agent = found
     names = ("scope", "client_id", "sub", "aud", "iss", "exp", "iat", "jti", "agent_id")
-    return KnownToken({name: claims[name] for name in names} | {"token_type": "Bearer"})
+    return KnownToken({name: claims[name] for name in names} | {"token_type": "Bearer"}, agent)
 
 
 def _refresh_token(text: str) -> KnownToken | None:
@@ -140,5 +144,6 @@ def _refresh_token(text: str) -> KnownToken | None:
             "jti": credentials.grant_id(row.family_id),
             "agent_id": row.id,
             "token_type": "refresh_token",
-        }
+        },
+        client,
     )

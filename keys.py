@@ -15,6 +15,7 @@ from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, impor
 from joserfc.jws import JWSRegistry
 
 import clock
+import events
 from config import DAY, settings
 from models import SigningKey, db
 
@@ -68,30 +69,27 @@ def ensure_signing_key(*, follow_setting: bool) -> None:
     """
     alg = _newest_alg()
     if alg is None:
-        rotate(settings().signing_alg, at_once=True)
+        _add_key(settings().signing_alg, clock.now())
     elif follow_setting and alg != settings().signing_alg:
         rotate(settings().signing_alg)
 
 
-def rotate(alg: str | None = None, *, at_once: bool = False) -> SigningKey:
+def rotate(alg: str | None = None, *, at_once: bool = False) -> None:
     """Publish a new key, which signs when every verifier knows it; in the caller's transaction.
 
     :param alg: its algorithm; that of the newest key unless given.
     :param at_once: it signs now, and all others are gone with every token they signed: for a leak.
     """
-    now = clock.now()
-    key = _new_key(
-        alg or _newest_alg() or settings().signing_alg, now, now if at_once else now + timedelta(seconds=LEAD)
-    )
+    alg = alg or _newest_alg() or settings().signing_alg
+    signs_from = clock.now() if at_once else clock.now() + timedelta(seconds=LEAD)
     if at_once:
         db.session.execute(sa.delete(SigningKey))
     else:
         # The others stay until the last token that one of them may sign has expired.
-        gone_at = key.signs_from + timedelta(seconds=LONGEST_TOKEN)
+        gone_at = signs_from + timedelta(seconds=LONGEST_TOKEN)
         db.session.execute(sa.update(SigningKey).where(SigningKey.gone_at.is_(None)).values(gone_at=gone_at))
-    db.session.add(key)
-    db.session.flush()
-    return key
+    kid = _add_key(alg, signs_from)
+    events.record("key.rotated", kid=kid, alg=alg, at_once=at_once)
 
 
 class ListedKey(NamedTuple):
@@ -181,12 +179,14 @@ def _parse(row: sa.Row[Any]) -> Key:
     return import_key(row.jwk, parameters={"kid": row.kid, "alg": row.alg, "use": "sig"})
 
 
-def _new_key(alg: str, now: datetime, signs_from: datetime) -> SigningKey:
+def _add_key(alg: str, signs_from: datetime) -> str:
     key = _generate(alg)
     # RFC 7638: the thumbprint names the key the same way everywhere.
     kid = key.thumbprint()
     jwk = dict(key.as_dict(private=True))
-    return SigningKey(kid=kid, alg=alg, jwk=jwk, created_at=now, signs_from=signs_from)
+    db.session.add(SigningKey(kid=kid, alg=alg, jwk=jwk, created_at=clock.now(), signs_from=signs_from))
+    db.session.flush()
+    return kid
 
 
 def _generate(alg: str) -> Key:

@@ -1,32 +1,58 @@
-"""The operator's routes beside agents: signing keys."""
+"""The operator's routes beside agents: signing keys, and the log of events."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import sqlalchemy as sa
+
 import bearer
 import keys
 import schemas
-from models import writing
+from models import Event, db, writing
 from wire import Blueprint
 
-blueprint = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
-blueprint.before_request(bearer.require_operator)
+keys_room = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
+keys_room.before_request(bearer.require_operator)
 
 
-@blueprint.get("")
-@blueprint.response(200, schemas.KeyList)
+@keys_room.get("")
+@keys_room.response(200, schemas.KeyList)
 def list_keys() -> dict[str, Any]:
     """The signing keys, newest first, and where each is in its life."""
     return {"keys": keys.list_keys()}
 
 
-@blueprint.post("/rotate")
-@blueprint.arguments(schemas.KeyRotation)
-@blueprint.response(200, schemas.KeyAnswer)
+@keys_room.post("/rotate")
+@keys_room.arguments(schemas.KeyRotation)
+@keys_room.response(200, schemas.KeyAnswer)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
     """Publish a new key, which signs once every verifier can know it; at once, for a leak, with `now`."""
     with writing():
         keys.rotate(at_once=fields["now"])
         newest = keys.list_keys()[0]
     return {"key": newest}
+
+
+event_log = Blueprint("events", __name__, url_prefix="/api/events", description="What happened (management)")
+event_log.before_request(bearer.require_operator)
+
+
+@event_log.get("")
+@event_log.arguments(schemas.EventQuery, location="query")
+@event_log.response(200, schemas.EventPage)
+def list_events(query: dict[str, Any]) -> dict[str, Any]:
+    """What happened, newest first; `next` is the `after` of the page that follows."""
+    limit = query["limit"]
+    statement = sa.select(Event).order_by(Event.pk.desc()).limit(limit + 1)
+    if query["after"] is not None:
+        statement = statement.where(Event.pk < query["after"])
+    if query["agent_id"] is not None:
+        statement = statement.where(Event.agent_id == query["agent_id"])
+    if query["type"] is not None:
+        group = query["type"].removesuffix("*")
+        exactly = group == query["type"]
+        statement = statement.where(Event.type == group if exactly else Event.type.startswith(group))
+    found = db.session.scalars(statement).all()
+    page = found[:limit]
+    return {"events": page, "next": str(page[-1].pk) if len(found) > limit else None}

@@ -208,6 +208,25 @@ class SpentAssertion(Base):
     expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
+class Event(Base):
+    """Something that happened: written with the change it tells of, never changed after."""
+
+    __tablename__ = "events"
+    # AUTOINCREMENT: pages are keyed by the number.
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(sa.String(26))
+    type: Mapped[str] = mapped_column(sa.String(32))
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    actor: Mapped[str] = mapped_column(sa.String(36))
+    # No foreign key: the log tells of deleted agents too.
+    agent_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
+    address: Mapped[str | None]
+    request_id: Mapped[str | None]
+    data: Mapped[dict[str, Any]]
+
+
 class RevokedToken(Base):
     """A `jti`, or the part of one that all access tokens of a grant share, refused until it expires."""
 

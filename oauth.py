@@ -19,6 +19,7 @@ from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from flask import Flask, Request, Response, current_app, jsonify, request
 
 import clients
+import events
 import introspection
 import tokens
 from config import Settings, settings
@@ -211,6 +212,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         named = caller.get_client_id() if caller else self.request.form.get("client_id")
         if named not in (None, client.get_client_id()):
             raise InvalidGrantError("The refresh token belongs to another client.")
+        events.caller_is(client.row.id)
         self.request.client = client
         self.scope = self._narrowed_scope()
         client.audiences = self._narrowed_audiences()

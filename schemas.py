@@ -13,6 +13,7 @@ from marshmallow import Schema, ValidationError, fields, pre_load, validates_sch
 from marshmallow.validate import ContainsNoneOf, Length, OneOf, Range, Regexp
 
 import clock
+import events
 from config import DAY
 from wire import is_text
 
@@ -158,21 +159,33 @@ class AgentUpdate(AgentFields):
     """`PATCH /api/agents/{id}`: what is left out stays as it is."""
 
 
-class AgentQuery(Schema):
-    """`GET /api/agents`: filters, and the page wanted."""
+class PageQuery(Schema):
+    """Which page is wanted."""
 
     limit = fields.Integer(load_default=50, validate=Range(1, PAGE_SIZE_MAX))
     after = fields.Integer(load_default=None, validate=Range(1, 2**63 - 1))
+
+    @pre_load
+    def _drop_empty(self, data: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
+        # An empty filter, as forms and templates send them, filters nothing.
+        return {name: data[name] for name in data if data[name]}
+
+
+class AgentQuery(PageQuery):
+    """`GET /api/agents`: filters."""
+
     is_active = fields.Boolean(load_default=None)
     scope = Text(max=128, load_default=None)
     owner = Text(max=256, load_default=None)
     stale_days = fields.Integer(load_default=None, validate=Range(1, 36_525))
     q = Text(max=128, load_default=None)
 
-    @pre_load
-    def _drop_empty(self, data: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
-        # An empty filter, as forms and templates send them, filters nothing.
-        return {name: data[name] for name in data if data[name]}
+
+class EventQuery(PageQuery):
+    """`GET /api/events`: filters."""
+
+    agent_id = Text(max=36, load_default=None)
+    type = fields.String(load_default=None, validate=OneOf(events.TYPES + events.GROUPS))
 
 
 class Nothing(Schema):
@@ -287,6 +300,25 @@ class DailyUsage(Schema):
     date = fields.Date(attribute="day")
     tokens_issued = fields.Integer()
     tokens_refreshed = fields.Integer()
+
+
+class Event(Schema):
+    """Something that happened: what, when, who did it and from where."""
+
+    id = fields.String()
+    type = fields.String()
+    timestamp = Timestamp(attribute="created_at")
+    actor = fields.String()
+    address = fields.String()
+    request_id = fields.String()
+    data = fields.Dict()
+
+
+class EventPage(Schema):
+    """A page of events; `next` is the `after` of the next page, or null."""
+
+    events = fields.List(fields.Nested(Event))
+    next = fields.String()
 
 
 class KeyRotation(Schema):

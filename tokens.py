@@ -16,6 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 import clock
 import credentials
+import events
 import keys
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
@@ -139,6 +140,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
         connection.execute(_NEW_FAMILY, family)
         if client.secret_pk is not None:
             connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
+        _record("token.issued", client, token)
 
 
 def use_refresh_token(text: str) -> Client:
@@ -197,6 +199,8 @@ def next_of_family(client: Client, token: dict[str, Any]) -> None:
         won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
         if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
             raise _no_good()
+        if won:
+            _record("token.refreshed", client, token)
     if not won:
         _end_reused(client)
 
@@ -221,16 +225,20 @@ def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.
     return True
 
 
-def end_family(family_id: str) -> bool:
+def end_family(client: Client, event: str) -> bool:
     """End a family's refresh tokens, and the access tokens given out with them (RFC 7009 §2.1).
+
+    :param client: as found by one of the family's refresh tokens.
+    :param event: what to record it as.
 
     Returns whether it was still there.
     """
     with writing() as connection:
-        ended = connection.execute(_END_FAMILY, {"family": family_id}).rowcount == 1
+        ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
         if ended:
             longest = clock.now() + timedelta(seconds=keys.LONGEST_TOKEN)
-            revoke(connection, credentials.grant_id(family_id), longest)
+            revoke(connection, credentials.grant_id(client.family_id), longest)
+            events.record(event, client.row, token="refresh")
     return ended
 
 
@@ -240,9 +248,13 @@ def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
 
 
 def _end_reused(client: Client) -> NoReturn:
-    if end_family(client.family_id):
+    if end_family(client, "token.reuse_detected"):
         log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
     raise _no_good()
+
+
+def _record(event: str, client: Client, token: dict[str, Any]) -> None:
+    events.record(event, client.row, scope=token["scope"], audience=client.audiences)
 
 
 def _no_good() -> InvalidGrantError:

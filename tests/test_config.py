@@ -35,11 +35,13 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         WORKERS="3",
         THREADS="5",
         TRUSTED_PROXIES="1",
+        EVENT_RETENTION_DAYS="30",
     )
     assert settings.database_file == tmp_path / "other.db"
     assert (settings.instance, settings.host, settings.port) == (tmp_path, "0.0.0.0", 9000)  # noqa: S104
     assert settings.admin_token == "sixteen-chars-ok"
     assert (settings.issuer, settings.audience) == ("https://id.example.com/lanyard", "my-api")
+    assert settings.event_retention_days == 30
     assert (settings.access_token_ttl, settings.refresh_token_ttl, settings.signing_alg) == (60, 120, "ES256")
     assert (settings.bcrypt_cost, settings.workers, settings.threads, settings.trusted_proxies) == (
         12,

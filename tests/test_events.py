@@ -1,0 +1,199 @@
+"""The log of events: what is told, by whom, and that nothing is told that must not be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer
+from flask import Flask
+from flask.testing import FlaskClient
+
+import credentials
+import events
+import housekeeping
+from events import _Limiter
+
+
+@pytest.fixture(autouse=True)
+def every_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Limiter, "allow", lambda self, kind: True)
+
+
+def log(client: FlaskClient, query: str = "") -> list[dict[str, Any]]:
+    """The events, newest first."""
+    response = client.get(f"/api/events{query}", headers=OPERATOR)
+    assert response.status_code == 200, response.text
+    return list(response.json["events"])
+
+
+def test_a_life_is_told_in_order(client: FlaskClient, operator: Operator, time_machine: Clock) -> None:
+    agent = operator.create(name="night-reporter")
+    agent_id = agent["agent"]["id"]
+    token = ask_token(client, agent).json
+    token = ask_refresh(client, token["refresh_token"]).json
+    operator.patch(agent, owner="ann", metadata={"a": "b"})
+    client.post("/api/agents/me/rotate", headers=bearer(token), json={"grace_period": 60})
+    client.post("/oauth/revoke", data={"token": token["access_token"]}, headers=OPERATOR)
+    client.post("/oauth/revoke", data={"token": token["refresh_token"]}, headers=OPERATOR)
+    operator.act(agent, "deactivate")
+    operator.act(agent, "reactivate")
+    operator.call("DELETE", f"/{agent_id}")
+    told = log(client, f"?agent_id={agent_id}")[::-1]
+    assert [(event["type"], event["actor"]) for event in told] == [
+        ("agent.created", "admin"),
+        ("token.issued", agent_id),
+        ("token.refreshed", agent_id),
+        ("agent.updated", "admin"),
+        ("agent.credentials_rotated", agent_id),
+        ("token.revoked", "admin"),
+        ("token.revoked", "admin"),
+        ("agent.deactivated", "admin"),
+        ("agent.reactivated", "admin"),
+        ("agent.deleted", "admin"),
+    ]
+    about = {"agent_id": agent_id, "agent_name": "night-reporter", "client_id": agent["client_id"]}
+    assert all(about.items() <= event["data"].items() for event in told)
+    assert {event["timestamp"] for event in told} == {time_machine.now().strftime("%Y-%m-%dT%H:%M:%SZ")}
+    assert told[3]["data"]["changed"] == ["metadata", "owner"]
+    assert told[4]["data"] == {**about, "rotated_by": "self", "grace_period": 60, "revoke_tokens": False}
+    assert [told[n]["data"]["token"] for n in (5, 6)] == ["access", "refresh"]
+
+
+def test_an_event_tells_from_where_and_in_which_request(make_app: Callable[..., Flask]) -> None:
+    client = make_app(TRUSTED_PROXIES="1").test_client()
+    headers = {**OPERATOR, "X-Forwarded-For": "203.0.113.9", "X-Request-Id": "deploy-7"}
+    response = client.post("/api/agents", json={"name": "x"}, headers=headers)
+    assert response.headers["X-Request-Id"] == "deploy-7"
+    (event,) = log(client, "?type=agent.created")
+    assert (event["address"], event["request_id"]) == ("203.0.113.9", "deploy-7")
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "é"])
+def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: str) -> None:
+    told = client.get("/health", headers={"X-Request-Id": given}).headers["X-Request-Id"]
+    assert told != given
+    assert told.startswith("evt_")
+
+
+def test_a_refresh_token_used_twice_is_told_once(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    for _ in range(3):
+        ask_refresh(client, token["refresh_token"])
+    (event,) = log(client, "?type=token.reuse_detected")
+    assert event["data"]["agent_id"] == agent["agent"]["id"]
+
+
+def test_failed_sign_ins_are_told(client: FlaskClient, agent: dict[str, Any]) -> None:
+    ask_token(client, agent, client_secret="cs_guess")
+    ask_token(client, agent, client_id="'; DROP TABLE agents")
+    client.get("/api/agents", headers={"Authorization": "Bearer guess"})
+    told = log(client, "?type=auth.failed")
+    assert [event["data"] for event in told] == [{}, {}, {"client_id": agent["client_id"]}]
+    assert {event["actor"] for event in told} == {"anonymous"}
+
+
+def test_guessers_do_not_fill_the_log(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(events, "_failures", _Limiter())
+    for _ in range(50):
+        body = {"grant_type": "client_credentials", "client_id": credentials.new_client_id()}
+        client.post("/oauth/token", json={**body, "client_secret": "x"})
+    assert 1 <= len(log(client, "?type=auth.failed")) <= 3
+
+
+def test_a_request_without_credentials_is_no_failed_sign_in(client: FlaskClient) -> None:
+    client.get("/api/agents")
+    client.get("/api/agents/me")
+    assert log(client) == []
+
+
+def test_a_key_rotation_is_told(client: FlaskClient) -> None:
+    new = client.post("/api/keys/rotate", json={"now": True}, headers=OPERATOR).json["key"]
+    (event,) = log(client, "?type=key.*")
+    assert event["data"] == {"kid": new["kid"], "alg": "RS256", "at_once": True}
+
+
+def test_what_did_not_happen_is_not_told(
+    client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    before = log(client)
+    operator.patch(agent, name="")
+    operator.act(agent, "reactivate")
+    ask_token(client, agent, scope="admin")
+    ask_refresh(client, token["refresh_token"], scope="admin")
+    client.post("/oauth/revoke", data={"token": "unknown"}, headers=OPERATOR)
+    assert log(client) == before
+
+
+def test_no_secret_hash_or_token_is_in_an_event(client: FlaskClient, operator: Operator) -> None:
+    agent = operator.create()
+    token = ask_token(client, agent).json
+    newest = ask_refresh(client, token["refresh_token"]).json
+    rotated = operator.act(agent, "rotate").json
+    ask_refresh(client, token["refresh_token"])
+    told = json.dumps(log(client))
+    for secret in (agent["client_secret"], rotated["client_secret"]):
+        assert secret[11:] not in told
+    for answer in (token, newest):
+        assert answer["refresh_token"][3:25] not in told
+        assert answer["access_token"][-40:] not in told
+    assert "$2b$" not in told
+
+
+def test_events_are_listed_page_by_page(client: FlaskClient, operator: Operator) -> None:
+    for number in range(5):
+        operator.create(name=str(number))
+    first = client.get("/api/events?limit=3", headers=OPERATOR).json
+    rest = client.get(f"/api/events?limit=3&after={first['next']}", headers=OPERATOR).json
+    names = [event["data"]["agent_name"] for event in first["events"] + rest["events"]]
+    assert names == ["4", "3", "2", "1", "0"]
+    assert rest["next"] is None
+
+
+@pytest.mark.parametrize(("query", "found"), [("agent.*", 2), ("token.*", 1), ("token.issued", 1), ("*", 3)])
+def test_events_are_filtered_by_type_and_group(
+    client: FlaskClient, operator: Operator, query: str, found: int
+) -> None:
+    agent = operator.create()
+    operator.patch(agent, name="new")
+    ask_token(client, agent)
+    assert len(log(client, f"?type={query}")) == found
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [("?type=agent", "type"), ("?type=nothing.*", "type"), ("?limit=0", "limit"), ("?x=1", "x")],
+)
+def test_a_bad_query_is_named(client: FlaskClient, query: str, named: str) -> None:
+    response = client.get(f"/api/events{query}", headers=OPERATOR)
+    assert (response.status_code, list(response.json["fields"])) == (400, [named])
+
+
+def test_the_log_is_the_operators(client: FlaskClient, token: dict[str, Any]) -> None:
+    assert client.get("/api/events").status_code == 401
+    assert client.get("/api/events", headers=bearer(token)).status_code == 403
+
+
+def test_events_are_kept_as_long_as_the_setting_says(
+    make_app: Callable[..., Flask], time_machine: Clock
+) -> None:
+    app = make_app(EVENT_RETENTION_DAYS="2")
+    client = app.test_client()
+    Operator(app).create()
+    time_machine.advance(days=2, seconds=-1)
+    for left in (1, 0):
+        with app.app_context():
+            housekeeping.sweep()
+        assert len(log(client)) == left
+        time_machine.advance(seconds=1)
+
+
+def test_the_command_prints_the_newest_oldest_first(app: Flask, operator: Operator) -> None:
+    for number in range(3):
+        operator.create(name=str(number))
+    output = app.test_cli_runner().invoke(args=["events", "tail", "-n", "2", "--no-follow"]).output
+    assert [json.loads(line)["data"]["agent_name"] for line in output.splitlines()] == ["1", "2"]
