@@ -220,7 +220,7 @@ def rotate(
     else:
         db.session.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
     _add_secret(agent, secret)
-    db.session.add(Rotation(agent_pk=agent.pk, rotated_at=now, rotated_by=rotated_by))
+    _note_rotation(agent, rotated_by)
     if rotated_by == "self":
         agent.last_activity_at = now
     if revoke_tokens:
@@ -326,6 +326,13 @@ def _add_secret(agent: Agent, secret: credentials.NewSecret) -> None:
     row = ClientSecret(id=str(uuid.uuid4()), hint=secret.hint, hash=secret.hash, created_at=clock.now())
     row.agent_pk = agent.pk
     db.session.add(row)
+
+
+def _note_rotation(agent: Agent, rotated_by: str) -> None:
+    mine = Rotation.agent_pk == agent.pk
+    shown = sa.select(Rotation.pk).where(mine).order_by(Rotation.pk.desc()).limit(ROTATIONS_SHOWN - 1)
+    db.session.execute(sa.delete(Rotation).where(mine, Rotation.pk.not_in(shown)))
+    db.session.add(Rotation(agent_pk=agent.pk, rotated_at=clock.now(), rotated_by=rotated_by))
 
 
 def _end_tokens(agent: Agent) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import sys
 from functools import partial
 from typing import Any
@@ -46,8 +47,8 @@ _HTTP_ERRORS = {
 def create_app(settings: Settings | None = None, *, serving: bool = False) -> Flask:
     """The WSGI app. On its first start it makes the database, the signing key and the admin token.
 
-    :param serving: a server starts, so that a changed LANYARD_SIGNING_ALG takes effect; a command,
-        which may be run without the server's environment, must not change what the server signs with.
+    :param serving: a server starts. A command, which may be run without the server's environment,
+        makes no database and does not change what the server signs with.
     :raises SettingError: when an environment variable will not do.
     """
     settings = settings or Settings.from_env()
@@ -77,11 +78,19 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
 
 
 def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
+    if not serving and not settings.database_file.exists():
+        raise SettingError(
+            f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
+            f" {settings.database_file}."
+        )
     try:
         models.init_database(app, settings, fill=partial(keys.ensure_signing_key, follow_setting=serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        reason = getattr(error, "orig", error)
+        raise SettingError(f"The database {settings.database_file} cannot be used: {reason}.") from None
 
 
 @service.get("/")

@@ -38,7 +38,9 @@ def list_keys() -> None:
 
 
 @signing_keys.command("rotate")
-@click.option("--now", is_flag=True, help="For a leaked key: sign with the new one at once, end all tokens.")
+@click.option(
+    "--now", is_flag=True, help="For a leaked key: sign with the new one at once, end all access tokens."
+)
 def rotate_key(now: bool) -> None:
     """Publish a new key; it signs once every verifier can know it."""
     with writing():

@@ -27,7 +27,8 @@ from models import Agent, ClientSecret, Moment, SpentAssertion, db, writing
 from wire import is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
-ASSERTION_ALGORITHMS = Algorithms(algorithms=("RS256", "PS256", "ES256", "EdDSA"))
+# RFC 7515 §4: header members that are not understood are ignored.
+ASSERTION_ALGORITHMS = Algorithms(algorithms=("RS256", "PS256", "ES256", "EdDSA"), strict_check_header=False)
 ASSERTION_TTL = 300  # seconds
 ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
 
@@ -125,6 +126,17 @@ class Client(ClientMixin):
         """Whether the agent is switched on and not expired."""
         expires_at = self.row.expires_at
         return bool(self.row.is_active) and (expires_at is None or expires_at > self.now)
+
+    @property
+    def held_scopes(self) -> list[str]:
+        """What the family was granted and the agent still has: a scope taken away is not given again."""
+        return [scope for scope in self.row.family_scopes if scope in self.row.scopes]
+
+    @property
+    def held_audiences(self) -> list[str]:
+        """The same for audiences; the server's own is everyone's."""
+        allowed = {*self.row.audiences, settings().audience}
+        return [audience for audience in self.row.family_audiences if audience in allowed]
 
     @property
     def token_lifetime(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from click import ClickException
 from flask import current_app
 
 HERE = Path(__file__).resolve().parent
@@ -17,8 +18,11 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
 
 
-class SettingError(Exception):
-    """A setting the server will not start with; its text is one sentence naming the variable."""
+class SettingError(ClickException):
+    """A setting the server will not start with; its text is one sentence naming the variable.
+
+    A command, which is click's, prints it just so.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,9 @@ def _check_local(local: bool, host: str, proxies: int) -> None:
 
 
 def _database_url(env: Mapping[str, str], instance: Path) -> str:
-    url = _read(env, "DATABASE_URL") or f"sqlite:///{instance / 'lanyard.db'}"
+    url = _read(env, "DATABASE_URL")
+    if not url:
+        return f"sqlite:///{instance / 'lanyard.db'}"
     path = url.removeprefix("sqlite:///")
     # In-memory databases are refused: every worker would have one of its own.
     if path == url or path in ("", ":memory:") or "?" in path or not Path(path).is_absolute():
@@ -176,7 +182,9 @@ def _issuer(url: str) -> str:
         whole = parts.hostname and parts.port != 0 and not parts.username
     except ValueError:
         raise bad from None
-    if not (secure and whole) or any(c in url for c in '?# \\"') or not (url.isascii() and url.isprintable()):
+    # What Flask's routes or an error's quotes would take for something else is refused with the rest.
+    plain = url.isascii() and url.isprintable() and not any(c in url for c in '?# \\"<>%')
+    if not (secure and whole and plain):
         raise bad
     return url
 

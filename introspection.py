@@ -61,7 +61,7 @@ class _TokenEndpoint:
             caller = Caller(None)
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
             bearer.require_agent()
-            caller = Caller(bearer.current_agent().client_id)
+            caller = Caller(None if bearer.is_admin() else bearer.current_agent().client_id)
         else:
             return Caller(clients.authenticate(request).get_client_id())
         if {"client_secret", "client_assertion"} & set(request.form):
@@ -106,6 +106,13 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
             raise InvalidGrantError("The token is another agent's: only its own may be revoked.") from None
         return token
 
+    def query_token(self, token_string: str, token_type_hint: str | None) -> KnownToken | None:
+        """The token; a refresh token of a family that lives will do, be it the newest or a used one."""
+        client = tokens.find_by_refresh_token(token_string)
+        if client is not None:
+            return KnownToken({"client_id": client.get_client_id()}, client)
+        return super().query_token(token_string, token_type_hint)
+
     def revoke_token(self, token: KnownToken, request: OAuth2Request) -> None:
         """End it, in every worker, before the answer."""
         if isinstance(token.agent, clients.Client):
@@ -131,10 +138,12 @@ def _refresh_token(text: str) -> KnownToken | None:
     if client is None:
         return None
     row = client.row
-    audiences = row.family_audiences
+    scopes, audiences = client.held_scopes, client.held_audiences
+    if not audiences or (row.family_scopes and not scopes):
+        return None
     return KnownToken(
         {
-            "scope": " ".join(scope for scope in row.family_scopes if scope in row.scopes),
+            "scope": " ".join(scopes),
             "client_id": row.client_id,
             "sub": row.client_id,
             "aud": audiences[0] if len(audiences) == 1 else audiences,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -22,9 +21,8 @@ from models import SigningKey, db
 _EXTENSION = "lanyard.keys"
 
 JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
-_JWKS_STALE = 1  # seconds a worker may keep it
 # A new key signs when every cache that could lack it has expired; a minute is for clocks and slow answers.
-LEAD = JWKS_MAX_AGE + _JWKS_STALE + 60
+LEAD = JWKS_MAX_AGE + 60
 LONGEST_TOKEN = DAY
 
 # Selected with whatever is read before signing: it tells whether this worker has seen the newest key.
@@ -54,7 +52,6 @@ class Keyring:
     rows: Sequence[sa.Row[Any]]
     keys: list[Key]
     newest: int
-    read_at: float = field(default_factory=time.monotonic)
 
     def alive(self, now: datetime) -> list[Key]:
         """The keys that are not gone, oldest first."""
@@ -107,7 +104,7 @@ def list_keys() -> list[ListedKey]:
     """Every key, newest first."""
     now = clock.now()
     rows = db.session.scalars(sa.select(SigningKey).order_by(SigningKey.pk.desc())).all()
-    signing = next((row.pk for row in rows if row.signs_from <= now), None)
+    signing = next((row.pk for row in rows if row.signs_from <= now), rows[-1].pk if rows else None)
     return [
         ListedKey(row.kid, row.alg, _state(row, now, signing), row.created_at, row.signs_from, row.gone_at)
         for row in rows
@@ -131,8 +128,9 @@ def signing_key(newest: int) -> Key:
     ring = _keyring()
     if ring.newest != newest:
         ring = _read_keys()
-    pairs = zip(ring.rows, ring.keys, strict=True)
-    return [key for row, key in pairs if row.signs_from <= now][-1]
+    signing = [key for row, key in zip(ring.rows, ring.keys, strict=True) if row.signs_from <= now]
+    # None signs yet when the clock was set back: then the oldest goes on.
+    return signing[-1] if signing else ring.keys[0]
 
 
 def find_key(signature: GuestProtocol) -> KeySet:
@@ -151,7 +149,7 @@ def find_key(signature: GuestProtocol) -> KeySet:
 def public_jwks() -> dict[str, Any]:
     """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves of all that are not gone."""
     ring = _keyring()
-    if time.monotonic() - ring.read_at > _JWKS_STALE:
+    if ring.newest != db.session.scalar(sa.select(NEWEST_KEY)):
         ring = _read_keys()
     return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
 

@@ -76,6 +76,7 @@ def _metadata(settings: Settings) -> dict[str, Any]:
     for endpoint in ("token", "introspection", "revocation"):
         document[f"{endpoint}_endpoint_auth_methods_supported"] = list(AUTH_METHODS)
         document[f"{endpoint}_endpoint_auth_signing_alg_values_supported"] = algorithms
+    document["introspection_endpoint_auth_methods_supported"].append("Bearer")
     return document
 
 

@@ -143,7 +143,7 @@ class ClientSecret(Base):
     hint: Mapped[str] = mapped_column(sa.String(8))
     hash: Mapped[bytes]
     created_at: Mapped[datetime]
-    expires_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)
     last_used_at: Mapped[datetime | None]
 
     @classmethod
@@ -258,17 +258,19 @@ class SigningKey(Base):
 
 
 @contextmanager
-def writing(*, durable: bool = True) -> Iterator[sa.Connection]:
+def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connection]:
     """One write transaction on the session: BEGIN IMMEDIATE, then COMMIT, or ROLLBACK on any error.
 
     Whatever was read before is read again under the lock, so no transaction ever upgrades from
     reading to writing, which is where SQLite's "database is locked" comes from.
 
     :param durable: fsync at the commit; without it a power cut, not a crash, may undo the commit.
+    :param patient: wait for the lock for BUSY_TIMEOUT; else give up at once.
     """
     db.session.rollback()
     try:
-        yield db.session.connection(execution_options={"write": "FULL" if durable else "NORMAL"})
+        options = {"write": "FULL" if durable else "NORMAL", "patient": patient}
+        yield db.session.connection(execution_options=options)
         db.session.commit()
     except BaseException:
         db.session.rollback()
@@ -341,7 +343,8 @@ def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
 
 
 def _on_begin(connection: sa.Connection) -> None:
-    wanted = connection.get_execution_options().get("write")
+    options = connection.get_execution_options()
+    wanted = options.get("write")
     if wanted is None:
         connection.exec_driver_sql("BEGIN")
         return
@@ -349,4 +352,11 @@ def _on_begin(connection: sa.Connection) -> None:
     if connection.info["synchronous"] != wanted:
         connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
         connection.info["synchronous"] = wanted
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if options["patient"]:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")

@@ -184,8 +184,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     def validate_token_request(self) -> None:
         """Authlib's checks, and RFC 8707's."""
         super().validate_token_request()
-        wanted = self.request.form.get("resource", [])
-        # The server's own audience may be named as well: RFC 9728 sends clients here with it.
+        wanted = _resources(self.request)
         if not set(wanted) <= {*self.client.row.audiences, settings().audience}:
             raise InvalidTargetError()
         self.client.audiences = wanted or [settings().audience]
@@ -224,23 +223,26 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
     def _narrowed_scope(self) -> str:
-        # A scope taken from the agent since is not given again.
-        granted = self.client.row.family_scopes
-        held = [scope for scope in granted if scope in self.client.row.scopes]
+        held = self.client.held_scopes
         asked = self.request.payload.scope
         wanted = asked.split(" ") if asked else held
-        if not set(wanted) <= set(held) or (granted and not held):
+        if not set(wanted) <= set(held) or (self.client.row.family_scopes and not held):
             raise InvalidScopeError("The scope asks for more than this refresh token was given.")
         return " ".join(dict.fromkeys(wanted))
 
     def _narrowed_audiences(self) -> list[str]:
         # RFC 8707 §2.2: the audiences granted, or fewer.
-        allowed = {*self.client.row.audiences, settings().audience}
-        held = [audience for audience in self.client.row.family_audiences if audience in allowed]
-        wanted: list[str] = self.request.form.get("resource", held)
+        held = self.client.held_audiences
+        wanted = _resources(self.request) or held
         if not wanted or not set(wanted) <= set(held):
             raise InvalidTargetError()
         return wanted
+
+
+def _resources(request: OAuth2Request) -> list[str]:
+    """The audiences asked for; the issuer, which RFC 9728 calls this server, stands for its audience."""
+    own = {settings().issuer: settings().audience}
+    return list(dict.fromkeys(own.get(name, name) for name in request.form.get("resource", [])))
 
 
 def _pairs(flask_request: Request) -> list[tuple[str, Any]]:

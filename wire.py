@@ -103,6 +103,8 @@ class Parser(FlaskParser):
 
     def load_json(self, req: Request, schema: marshmallow.Schema) -> Any:
         """The body as JSON; an absent body is an empty object."""
+        if req.args:
+            raise Problem(400, "invalid_request", "Send the fields in the body, not in the URL.")
         raw = read_body(req)
         if not raw:
             return {}

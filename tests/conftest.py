@@ -31,7 +31,7 @@ OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database after its first start; making a signing key takes longer than most tests."""
     folder = tmp_path_factory.mktemp("first-start")
-    create_app(settings_for(folder))
+    create_app(settings_for(folder), serving=True)
     return folder / "lanyard.db"
 
 

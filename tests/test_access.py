@@ -58,14 +58,14 @@ def test_anything_else_is_a_401(client: FlaskClient, headers: dict[str, str]) ->
 
 
 def test_the_first_start_makes_an_admin_token_that_only_its_owner_reads(tmp_path: Path) -> None:
-    app = create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
+    app = create_app(settings_for(tmp_path, ADMIN_TOKEN=""), serving=True)
     kept = tmp_path / "admin_token"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     token = kept.read_text().strip()
     assert len(token) == 43
     headers = {"Authorization": f"Bearer {token}"}
     assert app.test_client().get("/api/agents", headers=headers).status_code == 200
-    create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
+    create_app(settings_for(tmp_path, ADMIN_TOKEN=""), serving=True)
     assert kept.read_text().strip() == token, "a second start keeps it"
     assert [path.name for path in tmp_path.glob(".*")] == [], "no draft is left behind"
 
@@ -73,7 +73,7 @@ def test_the_first_start_makes_an_admin_token_that_only_its_owner_reads(tmp_path
 def test_a_kept_admin_token_is_tightened_to_its_owner(tmp_path: Path) -> None:
     (tmp_path / "admin_token").write_text("a-token-the-operator-wrote\n")
     (tmp_path / "admin_token").chmod(0o644)
-    create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
+    create_app(settings_for(tmp_path, ADMIN_TOKEN=""), serving=True)
     assert stat.S_IMODE((tmp_path / "admin_token").stat().st_mode) == 0o600
 
 
@@ -81,11 +81,11 @@ def test_a_kept_admin_token_is_tightened_to_its_owner(tmp_path: Path) -> None:
 def test_a_kept_admin_token_that_is_no_good_stops_the_start(tmp_path: Path, text: str) -> None:
     (tmp_path / "admin_token").write_text(text)
     with pytest.raises(SettingError, match="admin_token must be at least 16"):
-        create_app(settings_for(tmp_path, ADMIN_TOKEN=""))
+        create_app(settings_for(tmp_path, ADMIN_TOKEN=""), serving=True)
 
 
 def test_no_admin_token_is_kept_when_the_settings_give_one(tmp_path: Path) -> None:
-    create_app(settings_for(tmp_path))
+    create_app(settings_for(tmp_path), serving=True)
     assert not (tmp_path / "admin_token").exists()
 
 

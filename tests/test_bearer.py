@@ -129,7 +129,7 @@ def test_a_token_signed_anew_with_the_same_claims_is_good(
         {"exp": None},
         {"exp": "tomorrow"},
         {"exp": float("nan")},
-        {"iat": 2**40},
+        {"iat": None},
         {"jti": None},
         {"sub": None},
         {"client_id": "cid_unknown"},

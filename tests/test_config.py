@@ -69,6 +69,8 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("ISSUER", "https://id.example.com/#top"),
         ("ISSUER", "https://user:pw@id.example.com"),
         ("ISSUER", "https://[id.example.com"),
+        ("ISSUER", "https://id.example.com/<x>"),
+        ("ISSUER", "https://id.example.com/a%20b"),
         ("AUDIENCE", "two words"),
         ("ACCESS_TOKEN_TTL", "0"),
         ("ACCESS_TOKEN_TTL", "86401"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import sqlalchemy as sa
 from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
+from test_models import lock
 
 import housekeeping
 from models import Base, db
@@ -40,7 +43,7 @@ def test_what_has_expired_is_deleted_a_batch_at_a_time(
     client.post("/api/keys/rotate", headers=OPERATOR)
     tables = ["refresh_families", "revoked_tokens", "client_secrets", "signing_keys"]
     assert [rows(app, table) for table in tables] == [5, 5, 2, 2]
-    time_machine.advance(days=8)
+    time_machine.advance(days=9)
     client.get("/health").close()
     assert [rows(app, table) for table in tables] == [3, 3, 1, 1]
     for _ in range(2):
@@ -76,6 +79,17 @@ def test_under_a_constant_load_nothing_piles_up(
         time_machine.advance(hours=12)
         most = max(most, rows(app, "refresh_families"))
     assert most <= 15, "seven days of two a day, and the newest"
+
+
+def test_a_sweep_does_not_wait_for_another_writer(app: Flask, tmp_path: Path) -> None:
+    said: list[str] = []
+    with app.app_context():
+        sa.event.listen(db.engine, "before_cursor_execute", lambda *call: said.append(call[2]))
+        with closing(lock(tmp_path)), pytest.raises(sa.exc.OperationalError):
+            housekeeping.sweep()
+        assert said.index("PRAGMA busy_timeout = 0") == said.index("BEGIN IMMEDIATE") - 1
+        assert db.session.scalar(sa.text("PRAGMA busy_timeout")) == 5000
+        assert housekeeping.sweep() is False
 
 
 def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(

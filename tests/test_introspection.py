@@ -270,6 +270,36 @@ def test_a_revoked_refresh_token_takes_its_family_and_their_access_tokens(
     assert introspect(client, other["access_token"]).json["active"] is True
 
 
+@pytest.mark.parametrize("which", ["used", "newest"])
+def test_a_used_refresh_token_takes_its_family_too(
+    client: FlaskClient, agent: dict[str, Any], token: dict[str, Any], which: str
+) -> None:
+    newest = ask_refresh(client, token["refresh_token"]).json
+    sent = token if which == "used" else newest
+    assert revoke(client, sent["refresh_token"], bearer(newest)).status_code == 200
+    refused(ask_refresh(client, newest["refresh_token"]), 400, "invalid_grant")
+    for dead in (token, newest):
+        assert introspect(client, dead["access_token"]).json == INACTIVE
+
+
+@pytest.mark.parametrize("kind", ["access_token", "refresh_token"])
+def test_an_agent_with_the_admin_scope_revokes_any_token(
+    client: FlaskClient, operator: Operator, token: dict[str, Any], kind: str
+) -> None:
+    admin = ask_token(client, operator.create(scopes=["admin"])).json
+    assert revoke(client, token[kind], bearer(admin)).status_code == 200
+    assert introspect(client, token[kind]).json == INACTIVE
+
+
+def test_a_refresh_token_that_refreshes_nothing_is_inactive(
+    client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    operator.patch(agent, scopes=["read"])
+    assert introspect(client, token["refresh_token"]).json["scope"] == "read"
+    operator.patch(agent, scopes=[])
+    assert introspect(client, token["refresh_token"]).json == INACTIVE
+
+
 def test_revoking_again_is_fine(client: FlaskClient, token: dict[str, Any]) -> None:
     for _ in range(2):
         assert revoke(client, token["access_token"]).status_code == 200

@@ -15,12 +15,7 @@ from joserfc.jwk import import_key
 
 import keys
 from app import create_app
-
-
-@pytest.fixture(autouse=True)
-def every_answer_reads_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker may answer the key set a second late; these tests do not wait."""
-    monkeypatch.setattr(keys, "_JWKS_STALE", -1)
+from config import SettingError
 
 
 def published(client: FlaskClient) -> list[dict[str, str]]:
@@ -51,7 +46,7 @@ def states(client: FlaskClient) -> list[str]:
     ],
 )
 def test_the_first_start_makes_one_key(tmp_path: Path, algorithm: str, members: dict[str, str]) -> None:
-    (key,) = published(create_app(settings_for(tmp_path, SIGNING_ALG=algorithm)).test_client())
+    (key,) = published(create_app(settings_for(tmp_path, SIGNING_ALG=algorithm), serving=True).test_client())
     assert key["kid"] == import_key(dict(key)).thumbprint()
     assert {name: key[name] for name in ("alg", "use", *members)} == {
         "alg": algorithm,
@@ -179,6 +174,40 @@ def test_a_command_without_the_servers_environment_changes_no_algorithm(
     assert len(published(server.test_client())) == 1
     command.test_cli_runner().invoke(args=["keys", "rotate"])
     assert [key["alg"] for key in published(server.test_client())] == ["ES256", "ES256"]
+
+
+def test_a_command_makes_no_database(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="LANYARD_INSTANCE must be the server's"):
+        create_app(settings_for(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_is_set_back_stops_nothing(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create()
+    token = ask_token(client, agent).json
+    rotate(client, now=True)
+    time_machine.advance(hours=-1)
+    earlier = ask_token(client, agent).json
+    assert client.get("/api/agents/me", headers=bearer(earlier)).status_code == 200
+    assert states(client) == ["signing"]
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+
+
+def test_a_worker_that_has_not_heard_of_a_key_publishes_it_all_the_same(
+    make_app: Callable[..., Flask],
+) -> None:
+    here, there = make_app().test_client(), make_app().test_client()
+    assert published(here) == published(there)
+    new = rotate(here, now=True)["kid"]
+    assert [key["kid"] for key in published(there)] == [new]
+
+
+def test_an_option_in_the_url_is_not_overlooked(client: FlaskClient) -> None:
+    response = client.post("/api/keys/rotate?now=true", headers=OPERATOR)
+    assert response.status_code == 400
+    assert len(published(client)) == 1
 
 
 def test_the_list_shows_no_key(client: FlaskClient) -> None:

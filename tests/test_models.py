@@ -138,7 +138,7 @@ def test_the_number_of_a_deleted_agent_is_never_given_again(app: Flask, operator
 def test_the_files_are_their_owners_only(tmp_path: Path) -> None:
     os.umask(0o022)
     folder = tmp_path / "made" / "by lanyard"
-    app = create_app(settings_for(folder))
+    app = create_app(settings_for(folder), serving=True)
     with app.app_context():
         pragma("user_version")
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
@@ -166,7 +166,7 @@ def test_no_secret_or_token_is_in_the_files_in_clear(
 
 def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
     barrier.wait()
-    app = create_app(settings_for(folder, ADMIN_TOKEN=""))
+    app = create_app(settings_for(folder, ADMIN_TOKEN=""), serving=True)
     with app.app_context():
         kids.put((db.session.scalars(sa.select(SigningKey.kid)).all(), (folder / "admin_token").read_text()))
 

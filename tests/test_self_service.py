@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from conftest import Clock, Operator, ask_refresh, ask_token, bearer
+from flask import Flask
 from flask.testing import FlaskClient
+
+from models import Rotation, db
 
 
 def test_an_agent_sees_itself_as_the_operator_does(
@@ -60,6 +64,17 @@ def test_usage_tells_who_rotated_newest_first(
     history = client.get("/api/agents/me/usage", headers=bearer(token)).json["rotation_history"]
     assert [entry["rotated_by"] for entry in history] == ["self", "admin"]
     assert history[0]["rotated_at"] == time_machine.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_of_many_rotations_the_newest_hundred_are_kept(
+    app: Flask, client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    for _ in range(103):
+        operator.act(agent, "rotate")
+    history = client.get("/api/agents/me/usage", headers=bearer(token)).json["rotation_history"]
+    assert len(history) == 100
+    with app.app_context():
+        assert db.session.scalar(sa.select(sa.func.count()).select_from(Rotation)) == 100
 
 
 def test_an_agent_rotates_its_own_secret(

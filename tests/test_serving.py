@@ -164,6 +164,15 @@ def test_an_instance_that_cannot_be_written_stops_the_start_with_one_sentence(
     assert server.log.read_text().count("\n") == 1
 
 
+def test_a_database_that_is_none_stops_the_start_with_one_sentence(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "instance").mkdir()
+    (tmp_path / "instance" / "lanyard.db").write_text("this is a letter to my aunt, and no database" * 100)
+    server = serve()
+    assert server.process.wait(20) != 0
+    told = r"Lanyard will not start: The database \S+ cannot be used: .*\n"
+    assert re.fullmatch(told, server.log.read_text())
+
+
 def test_a_misspelt_setting_is_pointed_out(serve: Serve) -> None:
     assert "LANYARD_PROXIES" in serve(PROXIES="1").wait().stop()
 

@@ -163,6 +163,18 @@ def test_several_resources_become_several_audiences(
     refused(wider, 400, "invalid_target")
 
 
+@pytest.mark.parametrize("resource", ["http://localhost:8080", "my-api"])
+def test_the_servers_own_audience_may_be_named_by_itself_or_by_the_issuer(
+    make_app: Callable[..., Flask], resource: str
+) -> None:
+    app = make_app(AUDIENCE="my-api")
+    client = app.test_client()
+    token = ask_token(client, Operator(app).create(), resource=resource).json
+    assert decoded(app, token, "my-api")["aud"] == "my-api"
+    assert client.get("/api/agents/me", headers=bearer(token)).status_code == 200
+    assert ask_refresh(client, token["refresh_token"], resource=resource).status_code == 200
+
+
 @pytest.mark.parametrize("resource", ["https://other.example.com", ["plain", "other"], "plain/"])
 def test_any_other_resource_is_an_invalid_target(
     client: FlaskClient, operator: Operator, resource: str | list[str]
