@@ -28,6 +28,8 @@ import management
 import metadata
 import models
 import oauth
+import vault
+import webhooks
 from config import HERE, VERSION, SettingError, Settings
 from wire import MAX_BODY, Blueprint, Problem
 
@@ -64,6 +66,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
+    vault.init_app(app, settings)
     _open_instance(app, settings, serving)
     events.init_app(app)
     bearer.init_app(app, settings)
@@ -132,7 +135,9 @@ def _register_routes(app: Flask) -> None:
     api = Api(app)
     for blueprint in (service, oauth.blueprint, metadata.blueprint):
         api.register_blueprint(blueprint)
-    for blueprint in (agents.management, agents.self_service, management.keys_room, management.event_log):
+    for blueprint in (agents.management, agents.self_service, webhooks.room):
+        api.register_blueprint(blueprint)
+    for blueprint in (management.keys_room, management.event_log):
         api.register_blueprint(blueprint)
 
 

@@ -45,6 +45,8 @@ class Settings:
     threads: int
     trusted_proxies: int
     event_retention_days: int
+    webhook_allow_private: bool
+    secret_keys: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -73,6 +75,8 @@ class Settings:
             threads=_whole(env, "THREADS", 4, 1, 64),
             trusted_proxies=proxies,
             event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 1, 3650),
+            webhook_allow_private=_flag(env, "WEBHOOK_ALLOW_PRIVATE", default=local),
+            secret_keys=_secret_keys(env),
         )
 
     def url(self, path: str) -> str:
@@ -98,7 +102,7 @@ def settings() -> Settings:
 
 def unknown_names(env: Mapping[str, str] = os.environ) -> list[str]:
     """`LANYARD_*` variables that are no setting: most likely misspelt."""
-    known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__}
+    known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__} | {"LANYARD_SECRET_KEY"}
     return sorted(name for name in env if name.startswith("LANYARD_") and name not in known)
 
 
@@ -114,8 +118,8 @@ def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int)
     return int(text)
 
 
-def _flag(env: Mapping[str, str], name: str) -> bool:
-    text = _read(env, name) or "0"
+def _flag(env: Mapping[str, str], name: str, *, default: bool = False) -> bool:
+    text = _read(env, name) or str(int(default))
     if text not in ("0", "1"):
         raise SettingError(f"LANYARD_{name} must be 1 or 0, not {text!r}.")
     return text == "1"
@@ -168,6 +172,15 @@ def check_admin_token(token: str, where: str) -> str:
 def _admin_token(env: Mapping[str, str]) -> str | None:
     token = _read(env, "ADMIN_TOKEN")
     return check_admin_token(token, "LANYARD_ADMIN_TOKEN") if token else None
+
+
+def _secret_keys(env: Mapping[str, str]) -> tuple[str, ...]:
+    """Fernet keys, the first of which encrypts: 32 bytes as URL-safe base64, separated by commas."""
+    keys = tuple(filter(None, _read(env, "SECRET_KEY").split(",")))
+    if not all(re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):
+        # The value is not repeated: it is a secret.
+        raise SettingError("LANYARD_SECRET_KEY must be Fernet keys of 44 characters, separated by commas.")
+    return keys
 
 
 def _issuer(url: str) -> str:

@@ -10,6 +10,7 @@ import threading
 import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
+from string import ascii_letters, digits
 from typing import NamedTuple
 
 import bcrypt
@@ -66,6 +67,11 @@ def grant_id(family_id: str) -> str:
 def new_event_id() -> str:
     """An event's or a request's id: `evt_` and 128 random bits."""
     return "evt_" + secrets.token_urlsafe(16)
+
+
+def new_webhook_secret() -> str:
+    """A Standard Webhooks secret: `whsec_` and 44 letters and digits, the base64 of 33 random bytes."""
+    return "whsec_" + "".join(secrets.choice(ascii_letters + digits) for _ in range(44))
 
 
 def new_admin_token() -> str:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 import clock
 import credentials
-from models import Event, db, writing
+from models import Delivery, Event, Moment, Webhook, db, writing
 
 TYPES = (
     "agent.created",
@@ -30,13 +30,37 @@ TYPES = (
     "token.reuse_detected",
     "auth.failed",
     "key.rotated",
+    "webhook.created",
+    "webhook.updated",
+    "webhook.deleted",
+    "webhook.test",
 )
-GROUPS = ("*", "agent.*", "token.*", "auth.*", "key.*")
+GROUPS = ("*", "agent.*", "token.*", "auth.*", "key.*", "webhook.*")
 OPERATOR = "admin"
 NOBODY = "anonymous"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _INSERT = sa.insert(Event)
+_SUBSCRIBED = " " + sa.type_coerce(Webhook.events, sa.Text) + " "
+# One row for each webhook that wants to know, written with the event: neither is lost alone.
+_OUTBOX = sa.insert(Delivery).from_select(
+    ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
+    sa.select(
+        Webhook.pk,
+        sa.bindparam("event", type_=sa.Integer),
+        sa.literal("pending"),
+        sa.literal(0),
+        sa.bindparam("now", type_=Moment),
+        sa.bindparam("now", type_=Moment),
+    ).where(
+        Webhook.is_active,
+        sa.or_(
+            sa.func.instr(_SUBSCRIBED, " * ") > 0,
+            sa.func.instr(_SUBSCRIBED, sa.bindparam("type", type_=sa.Text)) > 0,
+            sa.func.instr(_SUBSCRIBED, sa.bindparam("group", type_=sa.Text)) > 0,
+        ),
+    ),
+)
 
 
 class _Limiter:
@@ -68,10 +92,11 @@ def init_app(app: Flask) -> None:
     app.after_request(_tell_request_id)
 
 
-def record(type_: str, agent: Any = None, **data: Any) -> None:
-    """Record an event in the caller's write transaction.
+def record(type_: str, agent: Any = None, *, only_webhook: int | None = None, **data: Any) -> int:
+    """Record an event in the caller's write transaction, and put it in the outbox; returns its number.
 
     :param agent: the agent it is about, an object with `id`, `name` and `client_id`.
+    :param only_webhook: the row number of the webhook to tell, whatever it subscribes to.
     :param data: what else there is to tell; never a secret, a hash or a token.
     """
     if agent is not None:
@@ -88,7 +113,20 @@ def record(type_: str, agent: Any = None, **data: Any) -> None:
     }
     if has_request_context():
         row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
-    db.session.connection().execute(_INSERT, row)
+    db.session.flush()  # the outbox asks the tables who is subscribed now
+    connection = db.session.connection()
+    inserted = connection.execute(_INSERT, row).inserted_primary_key
+    event_pk = int(inserted[0]) if inserted else 0
+    now = clock.now()
+    if only_webhook is not None:
+        db.session.add(
+            Delivery(webhook_pk=only_webhook, event_pk=event_pk, created_at=now, next_attempt_at=now)
+        )
+    else:
+        group = type_.partition(".")[0]
+        values = {"event": event_pk, "now": now, "type": f" {type_} ", "group": f" {group}.* "}
+        connection.execute(_OUTBOX, values)
+    return event_pk
 
 
 def record_failure(client_id: str | None) -> None:
@@ -96,7 +134,8 @@ def record_failure(client_id: str | None) -> None:
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
         with suppress(OperationalError), writing(durable=False):
-            record("auth.failed", **({"client_id": client_id} if client_id else {}))
+            told: dict[str, Any] = {"client_id": client_id} if client_id else {}
+            record("auth.failed", **told)
 
 
 def caller_is(actor: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import access
 from config import SettingError, Settings, unknown_names
+from deliverer import Deliverer
 
 try:
     settings = Settings.from_env()
@@ -65,6 +66,18 @@ def when_ready(server: Any) -> None:
     print(f"Lanyard listens on {url}", file=sys.stderr)
     for line in _local_lines(url) if settings.local else _guarded_lines(url):
         print(line, file=sys.stderr, flush=True)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Start this worker's deliverer; one of them all delivers, the others stand by."""
+    worker.deliverer = Deliverer(worker.app.wsgi())
+    worker.deliverer.start()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Let the deliveries in flight finish."""
+    if hasattr(worker, "deliverer"):
+        worker.deliverer.stop()
 
 
 def _local_lines(url: str) -> list[str]:

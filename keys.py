@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from joserfc.jws import JWSRegistry
 
 import clock
 import events
+import vault
 from config import DAY, settings
 from models import SigningKey, db
 
@@ -65,6 +67,8 @@ def ensure_signing_key(*, follow_setting: bool) -> None:
     :param follow_setting: make the next key, too, when the newest is not of the configured algorithm.
     """
     alg = _newest_alg()
+    if alg is not None:
+        _read_keys()  # a key that cannot be read stops the start, not the first request
     if alg is None:
         _add_key(settings().signing_alg, clock.now())
     elif follow_setting and alg != settings().signing_alg:
@@ -174,14 +178,16 @@ def _read_keys() -> Keyring:
 
 
 def _parse(row: sa.Row[Any]) -> Key:
-    return import_key(row.jwk, parameters={"kid": row.kid, "alg": row.alg, "use": "sig"})
+    return import_key(
+        json.loads(vault.unseal(row.jwk)), parameters={"kid": row.kid, "alg": row.alg, "use": "sig"}
+    )
 
 
 def _add_key(alg: str, signs_from: datetime) -> str:
     key = _generate(alg)
     # RFC 7638: the thumbprint names the key the same way everywhere.
     kid = key.thumbprint()
-    jwk = dict(key.as_dict(private=True))
+    jwk = vault.seal(json.dumps(key.as_dict(private=True)))
     db.session.add(SigningKey(kid=kid, alg=alg, jwk=jwk, created_at=clock.now(), signs_from=signs_from))
     db.session.flush()
     return kid

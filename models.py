@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from config import Settings
 
@@ -227,6 +227,65 @@ class Event(Base):
     data: Mapped[dict[str, Any]]
 
 
+class Webhook(Base):
+    """Where to tell of events, and of which."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(sa.String(36), unique=True)
+    name: Mapped[str]
+    url: Mapped[str]
+    events: Mapped[list[str]]
+    max_retries: Mapped[int]
+    is_active: Mapped[bool] = mapped_column(default=True)
+    secret: Mapped[str]
+    # Signs beside the new one until its time is over, for a rotation without downtime.
+    old_secret: Mapped[str | None]
+    old_secret_expires_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    # Since when nothing but failures: after five days of that it is switched off.
+    failing_since: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None]
+
+
+class Delivery(Base):
+    """One event on its way to one webhook: written with the event, so that neither is lost alone."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        sa.Index("ix_deliveries_listed", "webhook_pk", "pk"),
+        sa.Index("ix_deliveries_due", "webhook_pk", "next_attempt_at"),
+        {"sqlite_autoincrement": True},
+    )
+
+    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    webhook_pk: Mapped[int] = mapped_column(sa.ForeignKey(Webhook.pk, ondelete="CASCADE"))
+    event_pk: Mapped[int] = mapped_column(sa.ForeignKey(Event.pk, ondelete="CASCADE"), index=True)
+    event: Mapped[Event] = relationship(lazy="joined", innerjoin=True)
+    status: Mapped[str] = mapped_column(sa.String(10), default="pending")
+    attempts: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    # When to try next; none when it is over.
+    next_attempt_at: Mapped[datetime | None]
+    last_attempt_at: Mapped[datetime | None]
+    response_status: Mapped[int | None]
+    response_body: Mapped[str | None]
+    error: Mapped[str | None]
+
+    @property
+    def event_id(self) -> str:
+        """What the receiver knows it by, in every attempt."""
+        return self.event.id
+
+    @property
+    def type(self) -> str:
+        """What happened."""
+        return self.event.type
+
+
 class RevokedToken(Base):
     """A `jti`, or the part of one that all access tokens of a grant share, refused until it expires."""
 
@@ -238,7 +297,7 @@ class RevokedToken(Base):
 
 
 class SigningKey(Base):
-    """A private key that access tokens are signed with, as a JWK (RFC 7517).
+    """A private key that access tokens are signed with, as a JWK (RFC 7517), sealed if there is a key to.
 
     Its life is told by the clock alone: published from `created_at`, signing from `signs_from` until
     a newer key does, retired then, and gone from `gone_at`, which a rotation sets.
@@ -251,7 +310,7 @@ class SigningKey(Base):
     pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
     kid: Mapped[str] = mapped_column(sa.String(43), unique=True)
     alg: Mapped[str]
-    jwk: Mapped[dict[str, Any]]
+    jwk: Mapped[str]
     created_at: Mapped[datetime]
     signs_from: Mapped[datetime]
     gone_at: Mapped[datetime | None]

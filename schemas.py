@@ -321,6 +321,118 @@ class EventPage(Schema):
     next = fields.String()
 
 
+def _subscriptions(**options: Any) -> fields.List[str]:
+    known = fields.String(validate=OneOf(events.TYPES + events.GROUPS))
+    return fields.List(known, validate=[Length(min=1, max=32), _no_repeats], **options)
+
+
+class WebhookFields(Schema):
+    """What an operator may say of a webhook."""
+
+    name = Text(max=128)
+    url = Text(max=2048)
+    events = _subscriptions()
+    max_retries = Whole(validate=Range(0, 9))
+
+
+class WebhookCreate(WebhookFields):
+    """`POST /api/webhooks`."""
+
+    name = Text(max=128, required=True)
+    url = Text(max=2048, required=True)
+    events = _subscriptions(required=True)
+
+
+class WebhookUpdate(WebhookFields):
+    """`PATCH /api/webhooks/{id}`; `is_active: true` switches one on again that was switched off."""
+
+    is_active = Flag()
+
+
+class WebhookRotate(Schema):
+    """For how long the old secret goes on signing beside the new one."""
+
+    grace_period = Whole(load_default=DAY, validate=Range(0, 7 * DAY))
+
+
+class Webhook(Schema):
+    """A webhook, without its secret."""
+
+    id = fields.String()
+    name = fields.String()
+    url = fields.String()
+    events = fields.List(fields.String())
+    max_retries = fields.Integer()
+    is_active = fields.Boolean()
+    disabled_reason = fields.String()
+    created_at = Timestamp()
+    updated_at = Timestamp()
+
+
+class WebhookAnswer(Schema):
+    """`{webhook}`."""
+
+    webhook = fields.Nested(Webhook)
+
+
+class WebhookSecret(Schema):
+    """The signing secret, shown this once."""
+
+    secret = fields.String()
+
+
+class WebhookCreated(WebhookAnswer, WebhookSecret):
+    """The webhook and its secret."""
+
+
+class WebhookList(Schema):
+    """All webhooks, newest first."""
+
+    webhooks = fields.List(fields.Nested(Webhook))
+
+
+class DeliveryQuery(PageQuery):
+    """`GET /api/webhooks/{id}/deliveries`: filters."""
+
+    status = fields.String(load_default=None, validate=OneOf(["pending", "retrying", "delivered", "dead"]))
+
+
+class Delivery(Schema):
+    """An event on its way to a webhook, and how the last attempt went."""
+
+    id = fields.String(attribute="pk")
+    event_id = fields.String()
+    type = fields.String()
+    status = fields.String()
+    attempts = fields.Integer()
+    created_at = Timestamp()
+    last_attempt_at = Timestamp()
+    next_attempt_at = Timestamp()
+    response_status = fields.Integer()
+    response_body = fields.String()
+    error = fields.String()
+
+
+class DeliveryAnswer(Schema):
+    """`{delivery}`."""
+
+    delivery = fields.Nested(Delivery)
+
+
+class DeliveryPage(Schema):
+    """A page of deliveries, newest first."""
+
+    deliveries = fields.List(fields.Nested(Delivery))
+    next = fields.String()
+
+
+class EventTypes(Schema):
+    """What a webhook may subscribe to."""
+
+    events = fields.List(fields.String())
+    groups = fields.List(fields.String())
+
+
 class KeyRotation(Schema):
     """`POST /api/keys/rotate`."""
 

@@ -225,3 +225,43 @@ def test_the_mcp_server_refuses_as_rfc_6750_says(lanyard: Server, mcp: str) -> N
         answer = requests.post(mcp, json={}, headers=headers)
         assert (answer.status_code, answer.json()["error"]) == refusal, headers
         assert "/.well-known/oauth-protected-resource/mcp" in answer.headers["WWW-Authenticate"]
+
+
+def test_the_receiver_takes_each_event_once_and_only_with_its_signature(
+    lanyard: Server, tmp_path: Path
+) -> None:
+    port = free_port()
+    url = f"http://localhost:{port}/hook"
+    hook = {"name": "example", "url": url, "events": ["agent.created"]}
+    made = requests.post(f"{lanyard.url}/api/webhooks", json=hook).json()
+    env = {**os.environ, "WEBHOOK_SECRET": made["secret"]}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command("webhook_receiver.py", str(port)), stdout=file, stderr=subprocess.STDOUT, env=env
+        )
+    try:
+        until = time.monotonic() + 20
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        agent = register(lanyard)
+        path = f"{lanyard.url}/api/webhooks/{made['webhook']['id']}/deliveries"
+
+        def settled(attempts: int) -> bool:
+            (delivery,) = requests.get(path).json()["deliveries"]
+            return bool((delivery["status"], delivery["attempts"]) == ("delivered", attempts))
+
+        while not settled(1):
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        (delivery,) = requests.get(path).json()["deliveries"]
+        requests.post(f"{path}/{delivery['id']}/redeliver")
+        while not settled(1) or log.read_text().count("POST /hook") < 2:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        assert requests.post(url, data=b"{}", headers={"webhook-id": "evt_x"}).status_code == 401
+        assert log.read_text().count(agent["agent"]["id"]) == 1
+    finally:
+        process.terminate()
+        process.wait(20)

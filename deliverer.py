@@ -1,0 +1,262 @@
+"""The deliverer: one thread of one worker that sends what is in the outbox, several at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import logging
+import os
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from flask import Flask
+from standardwebhooks.webhooks import Webhook as Signer
+
+import clock
+import events
+import vault
+import wall
+from config import DAY, VERSION, settings
+from models import Delivery, Event, Webhook, db, writing
+
+log = logging.getLogger("lanyard")
+
+# Seconds to wait after each failure; a webhook's `max_retries` says how many of them are used.
+SCHEDULE = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+JITTER = 0.2  # at most this part more, so that what failed together does not come back together
+FAILING_FOR = timedelta(days=5)  # of nothing but failures switches a webhook off
+IN_FLIGHT = 32
+IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver delays nobody else's
+IN_FLIGHT_FAILING = 1  # of one that did not take the last: many dead hosts delay nobody either
+POLL = 0.2  # seconds between looks into the outbox
+LEASE_POLL = 1.0  # seconds between tries to take over from a deliverer that died
+
+
+class Parcel(NamedTuple):
+    """All that an attempt needs, read in one go."""
+
+    delivery: int
+    webhook: int
+    url: str
+    body: bytes
+    event_id: str
+    secrets: tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """How an attempt went; no status when there was no answer."""
+
+    status: int | None
+    body: str | None
+    error: str | None
+    retry_after: str | None
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the receiver took it."""
+        return self.status is not None and 200 <= self.status < 300
+
+
+class Deliverer:
+    """Delivers while it holds the lease, a lock on a file that the kernel frees when its process dies."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+        self._stopping = threading.Event()
+        self._landed = threading.Event()
+        self._flying: dict[int, int] = {}  # delivery -> webhook
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="deliverer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it takes its turn when there is no deliverer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what is in flight, and start nothing more."""
+        self._stopping.set()
+        self._landed.set()
+        self._thread.join(wall.TIMEOUT)
+
+    def _run(self) -> None:
+        with self._app.app_context():
+            path = f"{settings().database_file}.deliverer"
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)) as lease:
+            while not self._stopping.is_set():
+                try:
+                    fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._stopping.wait(LEASE_POLL)
+                    continue
+                self._deliver()
+
+    def _deliver(self) -> None:
+        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="delivery") as pool:
+            while not self._stopping.is_set():
+                try:
+                    with self._app.app_context():
+                        for parcel in self._due():
+                            with self._lock:
+                                self._flying[parcel.delivery] = parcel.webhook
+                            pool.submit(self._attempt, parcel)
+                except Exception:
+                    log.exception("The outbox cannot be read.")
+                # A delivery that is done makes room for the next at once.
+                self._landed.wait(POLL)
+                self._landed.clear()
+
+    def _due(self) -> list[Parcel]:
+        """What may be sent now: the oldest first, but never too many of one webhook."""
+        with self._lock:
+            flying = dict(self._flying)
+        free = IN_FLIGHT - len(flying)
+        taken = Counter(flying.values())
+        if free <= 0:
+            return []
+        parcels: list[Parcel] = []
+        for webhook, failing_since in _webhooks_with_something_due():
+            most = IN_FLIGHT_FAILING if failing_since else IN_FLIGHT_EACH
+            places = min(most - taken[webhook], free - len(parcels))
+            if places > 0:
+                parcels += _parcels(webhook, places, flying)
+        return parcels
+
+    def _attempt(self, parcel: Parcel) -> None:
+        try:
+            with self._app.app_context():
+                outcome = _send(parcel)
+                _settle(parcel, outcome)
+        except Exception:
+            # It stays due: the next look finds it again.
+            log.exception("A delivery could not be settled.")
+        finally:
+            with self._lock:
+                self._flying.pop(parcel.delivery, None)
+            self._landed.set()
+
+
+def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:
+    due = Delivery.next_attempt_at <= clock.now()
+    statement = sa.select(Webhook.pk, Webhook.failing_since).where(
+        Webhook.is_active, sa.exists().where(Delivery.webhook_pk == Webhook.pk, due)
+    )
+    found = [(pk, failing_since) for pk, failing_since in db.session.execute(statement)]
+    random.shuffle(found)  # with more webhooks than places, each has its turn
+    return found
+
+
+def _parcels(webhook_pk: int, places: int, flying: dict[int, int]) -> list[Parcel]:
+    statement = (
+        sa.select(Delivery, Webhook)
+        .join(Webhook, Webhook.pk == Delivery.webhook_pk)
+        .where(
+            Delivery.webhook_pk == webhook_pk,
+            Delivery.next_attempt_at <= clock.now(),
+            Delivery.pk.not_in(list(flying)),
+        )
+        .order_by(Delivery.next_attempt_at, Delivery.pk)
+        .limit(places)
+    )
+    return [_parcel(delivery, webhook) for delivery, webhook in db.session.execute(statement)]
+
+
+def _parcel(delivery: Delivery, webhook: Webhook) -> Parcel:
+    secrets = [webhook.secret]
+    if webhook.old_secret and webhook.old_secret_expires_at and webhook.old_secret_expires_at > clock.now():
+        secrets.append(webhook.old_secret)
+    return Parcel(
+        delivery.pk,
+        webhook.pk,
+        webhook.url,
+        _body(delivery.event),
+        delivery.event.id,
+        tuple(vault.unseal(secret) for secret in secrets),
+    )
+
+
+def _body(event: Event) -> bytes:
+    """The same bytes at every attempt."""
+    timestamp = event.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    told = {"id": event.id, "type": event.type, "timestamp": timestamp, "data": event.data}
+    return json.dumps(told, separators=(",", ":")).encode()
+
+
+def _send(parcel: Parcel) -> Outcome:
+    allow_private = settings().webhook_allow_private
+    try:
+        target = wall.parse(parcel.url, allow_private=allow_private)
+        # Checked again, and dialled as checked: a name's answer may have changed since the webhook was made.
+        address = wall.resolve(target, allow_private=allow_private)
+        answer = wall.post(target, address, parcel.body, _headers(parcel))
+    except wall.Refused as refusal:
+        return Outcome(None, None, f"Refused: {refusal}", None)
+    except (OSError, http.client.HTTPException) as error:
+        return Outcome(None, None, f"{type(error).__name__}: {error}"[:200], None)
+    return Outcome(answer.status, answer.body, None, answer.retry_after)
+
+
+def _headers(parcel: Parcel) -> dict[str, str]:
+    now = clock.now()
+    signatures = [
+        Signer(secret).sign(parcel.event_id, now, parcel.body.decode()) for secret in parcel.secrets
+    ]
+    return {
+        "Content-Type": "application/json",
+        "User-Agent": f"Lanyard/{VERSION}",
+        "webhook-id": parcel.event_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": " ".join(signatures),
+    }
+
+
+def _settle(parcel: Parcel, outcome: Outcome) -> None:
+    """Write down how it went, and when to try again."""
+    now = clock.now()
+    with writing(durable=False):
+        delivery = db.session.get(Delivery, parcel.delivery)
+        webhook = db.session.get(Webhook, parcel.webhook)
+        if delivery is None or webhook is None:
+            return  # deleted meanwhile
+        delivery.attempts += 1
+        delivery.last_attempt_at = now
+        delivery.response_status, delivery.response_body = outcome.status, outcome.body
+        delivery.error = outcome.error
+        if outcome.is_success:
+            delivery.status, delivery.next_attempt_at = "delivered", None
+            webhook.failing_since = None
+            return
+        _fail(delivery, webhook, outcome, now)
+
+
+def _fail(delivery: Delivery, webhook: Webhook, outcome: Outcome, now: datetime) -> None:
+    webhook.failing_since = webhook.failing_since or now
+    if delivery.attempts > webhook.max_retries:
+        delivery.status, delivery.next_attempt_at = "dead", None
+    else:
+        delivery.status = "retrying"
+        delivery.next_attempt_at = now + _pause(delivery.attempts, outcome.retry_after)
+    if outcome.status == 410:
+        _switch_off(webhook, "The receiver answered 410 Gone.")
+        delivery.status, delivery.next_attempt_at = "dead", None
+    elif now - webhook.failing_since >= FAILING_FOR:
+        _switch_off(webhook, "Five days of nothing but failures.")
+
+
+def _pause(attempts: int, retry_after: str | None) -> timedelta:
+    if retry_after is not None and retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 7:
+        return timedelta(seconds=min(max(int(retry_after), 1), DAY))
+    pause = SCHEDULE[min(attempts, len(SCHEDULE)) - 1]
+    return timedelta(seconds=pause * (1 + JITTER * random.random()))  # noqa: S311 - nobody gains by guessing it
+
+
+def _switch_off(webhook: Webhook, reason: str) -> None:
+    if webhook.is_active:
+        webhook.is_active, webhook.disabled_reason = False, reason
+        told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
+        events.record("webhook.updated", changed=["is_active"], disabled_reason=reason, **told)

@@ -1,0 +1,214 @@
+"""Deliveries for real: gunicorn, a receiver that listens, and processes that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from conftest import Server
+from standardwebhooks import Webhook as Verifier
+from test_serving import register, token_body
+
+Serve = Callable[..., Server]
+
+
+class Receiver(ThreadingHTTPServer):
+    """Takes webhooks, and answers as `decide` says; what it answered with 2xx is `taken`."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, decide: Callable[[str], int] = lambda event_id: 204) -> None:
+        self.decide = decide
+        self.taken: list[tuple[dict[str, str], bytes]] = []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://localhost:{self.server_address[1]}/hook"
+
+    def bodies(self) -> list[dict[str, Any]]:
+        return [json.loads(body) for _, body in list(self.taken)]
+
+    def wait_for(self, done: Callable[[], bool], seconds: float = 30) -> None:
+        until = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < until, f"{len(self.taken)} deliveries arrived"
+            time.sleep(0.02)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status = self.server.decide(self.headers["webhook-id"])
+        if status < 300:
+            self.server.taken.append((dict(self.headers), body))
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def receive() -> Iterator[Callable[..., Receiver]]:
+    listening: list[Receiver] = []
+
+    def start(*arguments: Any) -> Receiver:
+        listening.append(Receiver(*arguments))
+        return listening[-1]
+
+    yield start
+    for receiver in listening:
+        receiver.shutdown()
+        receiver.server_close()
+
+
+def subscribe(server: Server, url: str, *events: str) -> str:
+    body = {"name": "hook", "url": url, "events": events or ["*"]}
+    response = requests.post(f"{server.url}/api/webhooks", json=body)
+    assert response.status_code == 201, response.text
+    return str(response.json()["secret"])
+
+
+def test_a_receiver_is_told_and_can_verify_it(serve: Serve, receive: Callable[..., Receiver]) -> None:
+    server, receiver = serve(LOCAL="1").wait(), receive()
+    secret = subscribe(server, receiver.url, "agent.created")
+    agent = register(server, name="night-reporter")
+    receiver.wait_for(lambda: len(receiver.taken) == 1)
+    headers, raw = receiver.taken[0]
+    body = Verifier(secret).verify(raw, headers)
+    assert body["type"] == "agent.created"
+    assert body["data"]["agent_id"] == agent["agent"]["id"]
+    assert headers["webhook-id"] == body["id"]
+    assert headers["Content-Type"] == "application/json"
+
+
+def kill_everything(server: Server) -> None:
+    """As a power cut would: the master and all its workers, without a word."""
+    workers = subprocess.run(
+        ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    for pid in [server.process.pid, *map(int, workers)]:
+        os.kill(pid, signal.SIGKILL)
+    server.process.wait(10)
+
+
+def test_what_was_acknowledged_arrives_though_the_server_is_killed_in_a_burst(
+    serve: Serve, receive: Callable[..., Receiver]
+) -> None:
+    chance = random.Random(7)  # noqa: S311 - the same failures at every run
+    seen: Counter[str] = Counter()
+
+    def fail_at_random(event_id: str) -> int:
+        # Only first attempts fail: the second retry is five minutes away.
+        seen[event_id] += 1
+        return 500 if seen[event_id] == 1 and chance.random() < 0.3 else 204
+
+    receiver = receive(fail_at_random)
+    first = serve(LOCAL="1").wait()
+    secret = subscribe(first, receiver.url, "agent.created")
+    acknowledged: list[str] = []
+
+    def burst() -> None:
+        with requests.Session() as session:
+            for _ in range(200):
+                try:
+                    response = session.post(f"{first.url}/api/agents", json={"name": "x"}, timeout=10)
+                except requests.RequestException:
+                    return
+                if response.status_code == 201:
+                    acknowledged.append(response.json()["agent"]["id"])
+
+    clients = [threading.Thread(target=burst) for _ in range(4)]
+    for client in clients:
+        client.start()
+    while len(acknowledged) < 80:
+        time.sleep(0.01)
+    kill_everything(first)
+    for client in clients:
+        client.join()
+    assert len(acknowledged) >= 80
+    serve(LOCAL="1").wait()
+
+    def told() -> set[str]:
+        return {body["data"]["agent_id"] for body in receiver.bodies()}
+
+    receiver.wait_for(lambda: set(acknowledged) <= told())
+    for headers, raw in receiver.taken:
+        Verifier(secret).verify(raw, headers)
+
+
+def holder_of_the_lease(server: Server) -> int:
+    """The process that delivers, as the kernel knows it."""
+    inode = (server.instance / "lanyard.db.deliverer").stat().st_ino
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    (pid,) = {lock[4] for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(f":{inode}")}
+    return int(pid)
+
+
+def test_another_worker_takes_over_when_the_deliverers_dies(
+    serve: Serve, receive: Callable[..., Receiver]
+) -> None:
+    server, receiver = serve(LOCAL="1", WORKERS="3").wait(), receive()
+    subscribe(server, receiver.url, "agent.created")
+    for _ in range(3):
+        register(server)
+        told = len(receiver.taken)
+        receiver.wait_for(lambda told=told: len(receiver.taken) > told)
+        os.kill(holder_of_the_lease(server), signal.SIGKILL)
+    register(server)
+    receiver.wait_for(lambda: len(receiver.taken) == 4)
+
+
+def test_a_dead_host_delays_nobody_elses_deliveries(serve: Serve, receive: Callable[..., Receiver]) -> None:
+    server, receiver = serve(LOCAL="1").wait(), receive()
+    with socket.create_server(("127.0.0.1", 0)) as never_answers:
+        subscribe(server, f"http://localhost:{never_answers.getsockname()[1]}/", "token.issued")
+        agent = register(server)
+        with requests.Session() as session:
+            for _ in range(300):
+                assert session.post(f"{server.url}/oauth/token", json=token_body(agent)).status_code == 200
+        subscribe(server, receiver.url, "agent.created")
+        register(server)
+        receiver.wait_for(lambda: len(receiver.taken) == 1, seconds=8)
+        server.process.kill()
+
+
+def test_a_graceful_stop_lets_a_delivery_in_flight_finish(
+    serve: Serve, receive: Callable[..., Receiver]
+) -> None:
+    arrived = threading.Event()
+
+    def slowly(event_id: str) -> int:
+        arrived.set()
+        time.sleep(1)
+        return 204
+
+    receiver = receive(slowly)
+    server = serve(LOCAL="1").wait()
+    subscribe(server, receiver.url, "agent.created")
+    register(server)
+    assert arrived.wait(10)
+    server.stop()
+    again = serve(LOCAL="1").wait()
+    (hook,) = requests.get(f"{again.url}/api/webhooks").json()["webhooks"]
+    (delivery,) = requests.get(f"{again.url}/api/webhooks/{hook['id']}/deliveries").json()["deliveries"]
+    assert (delivery["status"], delivery["attempts"]) == ("delivered", 1)

@@ -1,0 +1,154 @@
+"""The wall around webhooks: which targets are refused, and that what was checked is what is dialled."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from typing import Any
+
+import pytest
+from conftest import OPERATOR
+from flask.testing import FlaskClient
+
+import wall
+
+INSIDE = [
+    "127.0.0.1", "127.8.9.10", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
+    "100.64.0.1", "0.0.0.1", "192.0.0.8", "192.0.2.1", "192.88.99.1", "198.18.0.1", "198.51.100.1",
+    "203.0.113.1", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1",
+    "::ffff:127.0.0.1", "::ffff:10.0.0.1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "fec0::1",
+    "ff02::1", "2001:db8::1", "2002:7f00:1::", "2001:0:4136:e378::1", "64:ff9b::7f00:1", "64:ff9b:1::1",
+    "100::1", "nonsense", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", INSIDE)
+def test_an_address_inside_is_not_public(address: str) -> None:
+    assert not wall.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"])
+def test_an_address_outside_is_public(address: str) -> None:
+    assert wall.is_public(address)
+
+
+BAD_URLS = [
+    "", "hooks", "//example.com/", "http://example.com/", "ftp://example.com/", "file:///etc/passwd",
+    "https://", "https:///path", "https://user:pw@example.com/", "https://user@example.com/",
+    "https://example.com:0/", "https://example.com:99999/", "https://example.com:x/", "https://[::1/",
+    "https://example.com/#top", "https://exa mple.com/", "https://example.com/é", "https://éxample.com/",
+    'https://example.com/"', "https://example.com\\@127.0.0.1/", "https://example.com/\n", "javascript:x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_a_url_that_is_no_plain_https_url_is_refused(url: str) -> None:
+    with pytest.raises(wall.Refused):
+        wall.parse(url, allow_private=False)
+
+
+def test_plain_http_is_for_private_targets() -> None:
+    assert wall.parse("http://localhost:9000/hook?a=b", allow_private=True) == wall.Target(
+        "http", "localhost", 9000, "/hook?a=b", "localhost:9000"
+    )
+
+
+SPELLINGS = [
+    "https://127.0.0.1/", "https://127.1/", "https://2130706433/", "https://0x7f000001/", "https://0x7f.1/",
+    "https://0177.0.0.1/", "https://017700000001/", "https://[::1]/", "https://[::ffff:127.0.0.1]/",
+    "https://localhost/", "https://localhost./", "https://LOCALHOST/", "https://169.254.169.254/latest",
+    "https://[fe80::1]/", "https://0/", "https://10.0.0.1:8443/hook", "https://no-such-host.invalid/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", SPELLINGS)
+def test_a_host_inside_is_refused_at_creation_however_it_is_spelt(client: FlaskClient, url: str) -> None:
+    body = {"name": "x", "url": url, "events": ["*"]}
+    response = client.post("/api/webhooks", json=body, headers=OPERATOR)
+    assert response.status_code == 400, response.text
+    assert list(response.json["fields"]) == ["url"]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Decide what names resolve to."""
+
+    def decide(*addresses: str) -> None:
+        found: list[Any] = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 443)) for a in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+
+    return decide
+
+
+def test_one_private_address_among_several_is_enough(answers: Callable[..., None]) -> None:
+    target = wall.parse("https://hooks.example.com/", allow_private=False)
+    answers("1.1.1.1")
+    assert wall.resolve(target, allow_private=False) == "1.1.1.1"
+    answers("1.1.1.1", "10.0.0.1")
+    with pytest.raises(wall.Refused):
+        wall.resolve(target, allow_private=False)
+
+
+class Receiver:
+    """A socket that answers each connection as it is told, byte for byte."""
+
+    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.heard = b""
+        self._answer = answer
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        with connection:
+            self.heard = connection.recv(65_536)
+            self._answer(connection)
+        self.listener.close()
+
+
+def post(receiver: Receiver) -> wall.Answer:
+    target = wall.parse(f"http://hooks.example.com:{receiver.port}/hook", allow_private=True)
+    return wall.post(target, "127.0.0.1", b"{}", {"webhook-id": "evt_1"})
+
+
+def test_the_address_that_was_checked_is_dialled_under_the_hosts_name() -> None:
+    receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    assert post(receiver) == wall.Answer(200, "ok", None)
+    assert b"POST /hook HTTP/1.1\r\n" in receiver.heard
+    assert f"Host: hooks.example.com:{receiver.port}\r\n".encode() in receiver.heard
+
+
+def test_redirects_are_not_followed() -> None:
+    answer = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    assert post(Receiver(lambda c: c.sendall(answer))).status == 302
+
+
+def test_an_answer_is_read_to_a_limit() -> None:
+    receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000))
+    assert post(receiver).body == "x" * 1024
+
+
+def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wall, "TIMEOUT", 0.5)
+    enough = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        with suppress(OSError):
+            while not enough.wait(0.05):
+                connection.sendall(b"X: y\r\n")
+
+    try:
+        with pytest.raises((OSError, HTTPException)):
+            post(Receiver(drip))
+    finally:
+        enough.set()
+
+
+def test_an_answer_that_is_not_http_is_an_error() -> None:
+    with pytest.raises(HTTPException):
+        post(Receiver(lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n")))
