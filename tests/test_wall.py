@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import OPERATOR
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from flask.testing import FlaskClient
 
 import wall
@@ -95,17 +101,19 @@ def test_one_private_address_among_several_is_enough(answers: Callable[..., None
 class Receiver:
     """A socket that answers each connection as it is told, byte for byte."""
 
-    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+    def __init__(self, answer: Callable[[socket.socket], None], *, listen_first: bool = True) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.heard = b""
         self._answer = answer
+        self._listen_first = listen_first
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         connection, _ = self.listener.accept()
         with connection:
-            self.heard = connection.recv(65_536)
+            if self._listen_first:
+                self.heard = connection.recv(65_536)
             self._answer(connection)
         self.listener.close()
 
@@ -152,3 +160,58 @@ def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_answer_that_is_not_http_is_an_error() -> None:
     with pytest.raises(HTTPException):
         post(Receiver(lambda c: c.sendall(b"SSH-2.0-OpenSSH\r\n")))
+
+
+def certificate_for(name: str, folder: Path) -> ssl.SSLContext:
+    """A server's TLS settings with a certificate for `name`, and `folder/ca.pem`, which vouches for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "ca.pem").write_bytes(made.public_bytes(pem))
+    (folder / "both.pem").write_bytes(made.public_bytes(pem) + key.private_bytes(pem, *plain))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "both.pem")
+    return context
+
+
+@pytest.mark.parametrize(
+    ("trusted", "certified", "works"),
+    [
+        (True, "hooks.example.com", True),
+        (True, "other.example.com", False),
+        (False, "hooks.example.com", False),
+    ],
+    ids=["right", "another name", "nobody vouches"],
+)
+def test_the_certificate_is_checked_for_the_name_not_the_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool, certified: str, works: bool
+) -> None:
+    context = certificate_for(certified, tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+    def answer_in_tls(connection: socket.socket) -> None:
+        with suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
+            tls.recv(65_536)
+            tls.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    receiver = Receiver(answer_in_tls, listen_first=False)
+    target = wall.parse(f"https://hooks.example.com:{receiver.port}/", allow_private=False)
+    if works:
+        assert wall.post(target, "127.0.0.1", b"{}", {}).status == 204
+    else:
+        with pytest.raises(ssl.SSLCertVerificationError):
+            wall.post(target, "127.0.0.1", b"{}", {})
