@@ -14,7 +14,7 @@ import clock
 import credentials
 import events
 import schemas
-from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, writing
+from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, newest_page, writing
 from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
@@ -51,11 +51,8 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
 @management.response(200, schemas.AgentPage)
 def list_agents(query: dict[str, Any]) -> dict[str, Any]:
     """Agents, newest first; `next` is the `after` of the page that follows."""
-    limit = query["limit"]
-    statement = sa.select(Agent).where(*_filters(query)).order_by(Agent.pk.desc()).limit(limit + 1)
-    found = db.session.scalars(statement).all()
-    page = found[:limit]
-    return {"agents": page, "next": str(page[-1].pk) if len(found) > limit else None}
+    page, following = newest_page(sa.select(Agent).where(*_filters(query)), Agent.pk, query)
+    return {"agents": page, "next": following}
 
 
 @management.get("/<agent_id>")
@@ -347,8 +344,6 @@ def _live_secrets(agent: Agent) -> sa.Select[ClientSecret]:
 def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     now = clock.now()
     filters: list[sa.ColumnElement[bool]] = []
-    if query["after"] is not None:
-        filters.append(Agent.pk < query["after"])
     if query["is_active"] is not None:
         filters.append(Agent.live(now) if query["is_active"] else sa.not_(Agent.live(now)))
     if query["scope"] is not None:

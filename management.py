@@ -9,7 +9,7 @@ import sqlalchemy as sa
 import bearer
 import keys
 import schemas
-from models import Event, db, writing
+from models import Event, newest_page, writing
 from wire import Blueprint
 
 keys_room = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
@@ -43,16 +43,12 @@ event_log.before_request(bearer.require_operator)
 @event_log.response(200, schemas.EventPage)
 def list_events(query: dict[str, Any]) -> dict[str, Any]:
     """What happened, newest first; `next` is the `after` of the page that follows."""
-    limit = query["limit"]
-    statement = sa.select(Event).order_by(Event.pk.desc()).limit(limit + 1)
-    if query["after"] is not None:
-        statement = statement.where(Event.pk < query["after"])
+    statement = sa.select(Event)
     if query["agent_id"] is not None:
         statement = statement.where(Event.agent_id == query["agent_id"])
     if query["type"] is not None:
         group = query["type"].removesuffix("*")
         exactly = group == query["type"]
         statement = statement.where(Event.type == group if exactly else Event.type.startswith(group))
-    found = db.session.scalars(statement).all()
-    page = found[:limit]
-    return {"events": page, "next": str(page[-1].pk) if len(found) > limit else None}
+    page, following = newest_page(statement, Event.pk, query)
+    return {"events": page, "next": following}

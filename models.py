@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column, relationship
 
 from config import Settings
 
@@ -314,6 +314,22 @@ class SigningKey(Base):
     created_at: Mapped[datetime]
     signs_from: Mapped[datetime]
     gone_at: Mapped[datetime | None]
+
+
+def newest_page(
+    statement: sa.Select[Any], pk: InstrumentedAttribute[int], query: dict[str, Any]
+) -> tuple[Sequence[Any], str | None]:
+    """A page of rows, newest first, and the `after` of the page that follows, if there is one.
+
+    :param pk: what the pages are keyed by.
+    :param query: `limit`, and `after`, which may be None.
+    """
+    limit = query["limit"]
+    if query["after"] is not None:
+        statement = statement.where(pk < query["after"])
+    found = db.session.scalars(statement.order_by(pk.desc()).limit(limit + 1)).all()
+    page = found[:limit]
+    return page, str(page[-1].pk) if len(found) > limit else None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import schemas
 import vault
 import wall
 from config import settings
-from models import Delivery, Webhook, db, writing
+from models import Delivery, Webhook, db, newest_page, writing
 from wire import Blueprint, Problem
 
 MAX_RETRIES = 9  # as many as the schedule has
@@ -126,15 +126,11 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]
 @room.response(200, schemas.DeliveryPage)
 def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """What became of each event, newest first."""
-    limit = query["limit"]
     statement = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk)
-    if query["after"] is not None:
-        statement = statement.where(Delivery.pk < query["after"])
     if query["status"] is not None:
         statement = statement.where(Delivery.status == query["status"])
-    found = db.session.scalars(statement.order_by(Delivery.pk.desc()).limit(limit + 1)).all()
-    page = found[:limit]
-    return {"deliveries": page, "next": str(page[-1].pk) if len(found) > limit else None}
+    page, following = newest_page(statement, Delivery.pk, query)
+    return {"deliveries": page, "next": following}
 
 
 @room.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")

@@ -383,7 +383,7 @@ def test_files_that_vanish_are_a_503_and_no_new_database(local: Server) -> None:
 def test_many_connections_see_no_error(serve: Serve) -> None:
     server = serve(LOCAL="1").wait()
     agents = [register(server) for _ in range(4)]
-    until = time.monotonic() + 4
+    until = time.monotonic() + 3
 
     def ask(number: int) -> set[int]:
         statuses: set[int] = set()
