@@ -14,7 +14,8 @@ import clock
 import credentials
 import events
 import schemas
-from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, newest_page, writing
+from database import newest_page, writing
+from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db
 from wire import Blueprint, Problem
 
 USAGE_DAYS = 30

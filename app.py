@@ -21,6 +21,7 @@ import agents
 import bearer
 import cli
 import credentials
+import database
 import events
 import housekeeping
 import keys
@@ -87,7 +88,7 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f" {settings.database_file}."
         )
     try:
-        models.init_database(app, settings, fill=partial(keys.ensure_signing_key, follow_setting=serving))
+        database.init_database(app, settings, fill=partial(keys.ensure_signing_key, follow_setting=serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
@@ -125,7 +126,7 @@ def health() -> dict[str, str]:
 @service.get("/health/ready")
 def ready() -> dict[str, str]:
     """Answers 200 when the database gives a write lock and there is a key to sign with."""
-    with models.writing(durable=False) as connection:
+    with database.writing(durable=False) as connection:
         if connection.scalar(sa.select(models.SigningKey.kid).limit(1)) is None:
             raise Problem(503, "temporarily_unavailable", "There is no signing key.")
     return {"status": "ready"}
@@ -170,7 +171,7 @@ def _answer_http_error(error: HTTPException) -> Response:
 
 
 def _answer_database_error(error: OperationalError) -> Response:
-    if not models.may_pass(error):
+    if not database.may_pass(error):
         return _answer_crash(error)
     log.error("The database does not answer: %s", error.orig)
     text = "The database does not answer just now. Try again shortly."

@@ -12,7 +12,8 @@ from flask.cli import AppGroup
 
 import keys
 import schemas
-from models import Event, db, writing
+from database import writing
+from models import Event, db
 
 signing_keys = AppGroup("keys", help="Signing keys: list them, rotate them.")
 

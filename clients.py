@@ -22,8 +22,9 @@ import clock
 import credentials
 import events
 from config import settings
+from database import writing
 from keys import NEWEST_KEY, Algorithms
-from models import Agent, ClientSecret, Moment, SpentAssertion, db, writing
+from models import Agent, ClientSecret, Moment, SpentAssertion, db
 from wire import is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")

@@ -23,7 +23,8 @@ import events
 import vault
 import wall
 from config import DAY, VERSION, settings
-from models import Delivery, Event, Webhook, db, writing
+from database import writing
+from models import Delivery, Event, Webhook, db
 
 log = logging.getLogger("lanyard")
 

@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 import clock
 import credentials
-from models import Delivery, Event, Moment, Webhook, db, writing
+from database import writing
+from models import Delivery, Event, Moment, Webhook, db
 
 TYPES = (
     "agent.created",

@@ -13,7 +13,8 @@ from sqlalchemy.exc import OperationalError
 
 import clock
 from config import settings
-from models import Base, may_pass, writing
+from database import may_pass, writing
+from models import Base
 
 log = logging.getLogger("lanyard")
 

@@ -17,7 +17,7 @@ import credentials
 import events
 import tokens
 from config import settings
-from models import writing
+from database import writing
 
 
 @dataclass(frozen=True)

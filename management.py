@@ -9,7 +9,8 @@ import sqlalchemy as sa
 import bearer
 import keys
 import schemas
-from models import Event, newest_page, writing
+from database import newest_page, writing
+from models import Event
 from wire import Blueprint
 
 keys_room = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")

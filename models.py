@@ -1,35 +1,14 @@
-"""The tables, their constraints, and SQLite's ways: pragmas, transactions, the first start."""
+"""The tables and their constraints."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, date, datetime
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
-from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column, relationship
-
-from config import Settings
-
-# Locked by another process, read-only, failing, full, or not to be opened.
-_PASSING = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-}
-BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -314,124 +293,3 @@ class SigningKey(Base):
     created_at: Mapped[datetime]
     signs_from: Mapped[datetime]
     gone_at: Mapped[datetime | None]
-
-
-def newest_page(
-    statement: sa.Select[Any], pk: InstrumentedAttribute[int], query: dict[str, Any]
-) -> tuple[Sequence[Any], str | None]:
-    """A page of rows, newest first, and the `after` of the page that follows, if there is one.
-
-    :param pk: what the pages are keyed by.
-    :param query: `limit`, and `after`, which may be None.
-    """
-    limit = query["limit"]
-    if query["after"] is not None:
-        statement = statement.where(pk < query["after"])
-    found = db.session.scalars(statement.order_by(pk.desc()).limit(limit + 1)).all()
-    page = found[:limit]
-    return page, str(page[-1].pk) if len(found) > limit else None
-
-
-@contextmanager
-def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connection]:
-    """One write transaction on the session: BEGIN IMMEDIATE, then COMMIT, or ROLLBACK on any error.
-
-    Whatever was read before is read again under the lock, so no transaction ever upgrades from
-    reading to writing, which is where SQLite's "database is locked" comes from.
-
-    :param durable: fsync at the commit; without it a power cut, not a crash, may undo the commit.
-    :param patient: wait for the lock for BUSY_TIMEOUT; else give up at once.
-    """
-    db.session.rollback()
-    try:
-        options = {"write": "FULL" if durable else "NORMAL", "patient": patient}
-        yield db.session.connection(execution_options=options)
-        db.session.commit()
-    except BaseException:
-        db.session.rollback()
-        raise
-
-
-def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> None:
-    """Bind the app to its database file, made on the first start with mode 0600.
-
-    :param fill: called once the tables are there, inside the write transaction that made them.
-    """
-    # mode=rw: a file that vanished is an error to report, not a reason for a new and empty one.
-    file = f"file:{quote(str(settings.database_file))}"
-    app.config["SQLALCHEMY_DATABASE_URI"] = sa.URL.create(
-        "sqlite", database=file, query={"mode": "rw", "uri": "true"}
-    )
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-        "connect_args": {"timeout": BUSY_TIMEOUT},
-        # One connection for each thread, never more: gunicorn's threads are what bounds them.
-        "pool_size": settings.threads,
-        "max_overflow": -1,
-        # Parameters hold hashes and tokens' hashes; errors that reach the log must not.
-        "hide_parameters": True,
-    }
-    db.init_app(app)
-    with app.app_context():
-        sa.event.listen(db.engine, "connect", _on_connect)
-        sa.event.listen(db.engine, "begin", _on_begin)
-        with _alone(settings.database_file):
-            _use_wal(settings.database_file)
-            with writing() as connection:
-                Base.metadata.create_all(connection)
-                fill()
-        # gunicorn forks after this: no connection may cross the fork.
-        db.engine.dispose()
-
-
-def may_pass(error: sa.exc.OperationalError) -> bool:
-    """Whether a database error is of the kind that ends by itself or by the operator's hand."""
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the extended codes' low byte
-    return code in _PASSING
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock file beside the database, so that processes starting together take turns."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _use_wal(path: Path) -> None:
-    # The -wal and -shm files take the database file's mode.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(path, 0o600)
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")  # remembered in the file
-    finally:
-        connection.close()
-
-
-def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
-    # SQLAlchemy's own BEGIN below, not the driver's.
-    connection.isolation_level = None
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = FULL")
-    record.info["synchronous"] = "FULL"
-
-
-def _on_begin(connection: sa.Connection) -> None:
-    options = connection.get_execution_options()
-    wanted = options.get("write")
-    if wanted is None:
-        connection.exec_driver_sql("BEGIN")
-        return
-    # SQLite lets `synchronous` change only outside a transaction.
-    if connection.info["synchronous"] != wanted:
-        connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
-        connection.info["synchronous"] = wanted
-    if options["patient"]:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        return
-    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-    try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    finally:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")

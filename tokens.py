@@ -20,7 +20,8 @@ import events
 import keys
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
-from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, db, writing
+from database import writing
+from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, db
 
 log = logging.getLogger("lanyard")
 

@@ -17,7 +17,8 @@ import schemas
 import vault
 import wall
 from config import settings
-from models import Delivery, Webhook, db, newest_page, writing
+from database import newest_page, writing
+from models import Delivery, Webhook, db
 from wire import Blueprint, Problem
 
 MAX_RETRIES = 9  # as many as the schedule has

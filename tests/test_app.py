@@ -12,7 +12,8 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 import config
-from models import SigningKey, db, writing
+from database import writing
+from models import SigningKey, db
 
 
 def test_the_front_page_names_and_links(client: FlaskClient) -> None:

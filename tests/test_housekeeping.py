@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
-from test_models import lock
+from test_database import lock
 
 import housekeeping
 from models import Base, db

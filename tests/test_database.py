@@ -17,9 +17,11 @@ from conftest import OPERATOR, Operator, ask_refresh, ask_token, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 
+import database
 import models
 from app import create_app
-from models import Agent, SigningKey, db, writing
+from database import writing
+from models import Agent, SigningKey, db
 
 
 def pragma(name: str) -> Any:
@@ -45,14 +47,14 @@ def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
 def synchronous_levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which level each write transaction commits with."""
     levels: list[str] = []
-    real = models._on_begin
+    real = database._on_begin
 
     def on_begin(connection: sa.Connection) -> None:
         real(connection)
         if level := connection.get_execution_options().get("write"):
             levels.append(level)
 
-    monkeypatch.setattr(models, "_on_begin", on_begin)
+    monkeypatch.setattr(database, "_on_begin", on_begin)
     return levels
 
 
@@ -92,7 +94,7 @@ def test_a_write_waits_for_another_instead_of_failing(app: Flask, tmp_path: Path
 def test_a_database_locked_for_long_is_a_503(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.05)
     operator = Operator(make_app())
     other = lock(tmp_path)
     refused = operator.call("POST", json={"name": "x"})
