@@ -78,6 +78,14 @@ def test_a_host_inside_is_refused_at_creation_however_it_is_spelt(client: FlaskC
     assert list(response.json["fields"]) == ["url"]
 
 
+@pytest.mark.parametrize("address", INSIDE[:-2])
+def test_every_address_inside_is_refused_at_creation(client: FlaskClient, address: str) -> None:
+    host = f"[{address}]" if ":" in address else address
+    body = {"name": "x", "url": f"https://{host}/", "events": ["*"]}
+    response = client.post("/api/webhooks", json=body, headers=OPERATOR)
+    assert (response.status_code, list(response.json["fields"])) == (400, ["url"])
+
+
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Decide what names resolve to."""
@@ -87,6 +95,18 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
 
     return decide
+
+
+@pytest.mark.parametrize("address", INSIDE[:-2])
+def test_a_name_that_leads_inside_by_now_is_refused_at_delivery(
+    answers: Callable[..., None], address: str
+) -> None:
+    target = wall.parse("https://hooks.example.com/", allow_private=False)
+    answers("1.1.1.1")
+    assert wall.resolve(target, allow_private=False) == "1.1.1.1"
+    answers(address)
+    with pytest.raises(wall.Refused):
+        wall.resolve(target, allow_private=False)
 
 
 def test_one_private_address_among_several_is_enough(answers: Callable[..., None]) -> None:
