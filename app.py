@@ -88,13 +88,18 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f" {settings.database_file}."
         )
     try:
-        database.init_database(app, settings, fill=partial(keys.ensure_signing_key, follow_setting=serving))
+        database.init_database(app, settings, fill=partial(_fill_database, serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
         reason = getattr(error, "orig", error)
         raise SettingError(f"The database {settings.database_file} cannot be used: {reason}.") from None
+
+
+def _fill_database(serving: bool) -> None:
+    keys.ensure_signing_key(follow_setting=serving)
+    vault.reseal_all()
 
 
 @service.get("/")

@@ -51,16 +51,22 @@ def rotate_key(now: bool) -> None:
 
 
 @event_log.command("tail")
-@click.option("--lines", "-n", default=20, show_default=True, help="How many of the past to begin with.")
+@click.option(
+    "--lines",
+    "-n",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="How many of the past to begin with.",
+)
 @click.option("--follow/--no-follow", default=True, help="Wait for what happens next.")
 def tail_events(lines: int, follow: bool) -> None:
     """Print events as they happen, one JSON object a line, oldest first."""
     schema = schemas.Event()
     newest = sa.select(Event).order_by(Event.pk.desc()).limit(lines)
-    seen = 0
+    seen = db.session.scalar(sa.select(sa.func.max(Event.pk))) or 0
     for event in reversed(db.session.scalars(newest).all()):
         click.echo(json.dumps(schema.dump(event)))
-        seen = event.pk
     while follow:
         db.session.rollback()
         for event in db.session.scalars(sa.select(Event).where(Event.pk > seen).order_by(Event.pk)):

@@ -74,7 +74,7 @@ class Settings:
             workers=_whole(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
             threads=_whole(env, "THREADS", 4, 1, 64),
             trusted_proxies=proxies,
-            event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 1, 3650),
+            event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 7, 3650),
             webhook_allow_private=_flag(env, "WEBHOOK_ALLOW_PRIVATE", default=local),
             secret_keys=_secret_keys(env),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import http.client
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -34,7 +34,11 @@ JITTER = 0.2  # at most this part more, so that what failed together does not co
 FAILING_FOR = timedelta(days=5)  # of nothing but failures switches a webhook off
 IN_FLIGHT = 32
 IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver delays nobody else's
-IN_FLIGHT_FAILING = 1  # of one that did not take the last: many dead hosts delay nobody either
+# Those that did not take the last have one place each, and half of all together: many dead hosts
+# delay nobody either.
+IN_FLIGHT_FAILING = 16
+REST = 30.0  # seconds to leave be what cannot be read or written
+GONE = 410
 POLL = 0.2  # seconds between looks into the outbox
 LEASE_POLL = 1.0  # seconds between tries to take over from a deliverer that died
 
@@ -47,7 +51,8 @@ class Parcel(NamedTuple):
     url: str
     body: bytes
     event_id: str
-    secrets: tuple[str, ...]
+    sealed_secrets: tuple[str, ...]
+    due_at: datetime | None
 
 
 class Outcome(NamedTuple):
@@ -108,6 +113,7 @@ class Deliverer:
                             pool.submit(self._attempt, parcel)
                 except Exception:
                     log.exception("The outbox cannot be read.")
+                    self._stopping.wait(REST)
                 # A delivery that is done makes room for the next at once.
                 self._landed.wait(POLL)
                 self._landed.clear()
@@ -116,14 +122,15 @@ class Deliverer:
         """What may be sent now: the oldest first, but never too many of one webhook."""
         with self._lock:
             flying = dict(self._flying)
-        free = IN_FLIGHT - len(flying)
         taken = Counter(flying.values())
-        if free <= 0:
-            return []
         parcels: list[Parcel] = []
+        failing = 0
         for webhook, failing_since in _webhooks_with_something_due():
-            most = IN_FLIGHT_FAILING if failing_since else IN_FLIGHT_EACH
-            places = min(most - taken[webhook], free - len(parcels))
+            free = IN_FLIGHT - len(flying) - len(parcels)
+            if failing_since is not None:
+                failing += 1
+                free = min(free, 1) if failing <= IN_FLIGHT_FAILING else 0
+            places = min(free, (1 if failing_since else IN_FLIGHT_EACH) - taken[webhook])
             if places > 0:
                 parcels += _parcels(webhook, places, flying)
         return parcels
@@ -134,8 +141,9 @@ class Deliverer:
                 outcome = _send(parcel)
                 _settle(parcel, outcome)
         except Exception:
-            # It stays due: the next look finds it again.
-            log.exception("A delivery could not be settled.")
+            # It stays due, but a full disk must not make it go out again and again.
+            log.exception("How a delivery went cannot be written down.")
+            self._stopping.wait(REST)
         finally:
             with self._lock:
                 self._flying.pop(parcel.delivery, None)
@@ -149,6 +157,7 @@ def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:
     )
     found = [(pk, failing_since) for pk, failing_since in db.session.execute(statement)]
     random.shuffle(found)  # with more webhooks than places, each has its turn
+    found.sort(key=lambda entry: entry[1] is not None)  # the healthy first
     return found
 
 
@@ -177,7 +186,8 @@ def _parcel(delivery: Delivery, webhook: Webhook) -> Parcel:
         webhook.url,
         _body(delivery.event),
         delivery.event.id,
-        tuple(vault.unseal(secret) for secret in secrets),
+        tuple(secrets),
+        delivery.next_attempt_at,
     )
 
 
@@ -189,6 +199,7 @@ def _body(event: Event) -> bytes:
 
 
 def _send(parcel: Parcel) -> Outcome:
+    """One attempt. Whatever goes wrong with it is this delivery's failure and nobody else's."""
     allow_private = settings().webhook_allow_private
     try:
         target = wall.parse(parcel.url, allow_private=allow_private)
@@ -197,16 +208,16 @@ def _send(parcel: Parcel) -> Outcome:
         answer = wall.post(target, address, parcel.body, _headers(parcel))
     except wall.Refused as refusal:
         return Outcome(None, None, f"Refused: {refusal}", None)
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:
         return Outcome(None, None, f"{type(error).__name__}: {error}"[:200], None)
     return Outcome(answer.status, answer.body, None, answer.retry_after)
 
 
 def _headers(parcel: Parcel) -> dict[str, str]:
     now = clock.now()
-    signatures = [
-        Signer(secret).sign(parcel.event_id, now, parcel.body.decode()) for secret in parcel.secrets
-    ]
+    body = parcel.body.decode()
+    signers = [Signer(vault.unseal(secret)) for secret in parcel.sealed_secrets]
+    signatures = [signer.sign(parcel.event_id, now, body) for signer in signers]
     return {
         "Content-Type": "application/json",
         "User-Agent": f"Lanyard/{VERSION}",
@@ -219,41 +230,61 @@ def _headers(parcel: Parcel) -> dict[str, str]:
 def _settle(parcel: Parcel, outcome: Outcome) -> None:
     """Write down how it went, and when to try again."""
     now = clock.now()
-    with writing(durable=False):
+    with writing(durable=not outcome.is_success):
         delivery = db.session.get(Delivery, parcel.delivery)
         webhook = db.session.get(Webhook, parcel.webhook)
         if delivery is None or webhook is None:
             return  # deleted meanwhile
-        delivery.attempts += 1
         delivery.last_attempt_at = now
         delivery.response_status, delivery.response_body = outcome.status, outcome.body
         delivery.error = outcome.error
-        if outcome.is_success:
-            delivery.status, delivery.next_attempt_at = "delivered", None
-            webhook.failing_since = None
-            return
-        _fail(delivery, webhook, outcome, now)
+        # A webhook that was given another address meanwhile has not failed there.
+        if webhook.url == parcel.url:
+            _judge(webhook, outcome, now)
+        # A redelivery that was asked for meanwhile is still to come.
+        if delivery.next_attempt_at == parcel.due_at:
+            delivery.attempts += 1
+            _schedule(delivery, webhook, outcome, now)
 
 
-def _fail(delivery: Delivery, webhook: Webhook, outcome: Outcome, now: datetime) -> None:
+def _judge(webhook: Webhook, outcome: Outcome, now: datetime) -> None:
+    if outcome.is_success:
+        webhook.failing_since = None
+        return
     webhook.failing_since = webhook.failing_since or now
-    if delivery.attempts > webhook.max_retries:
-        delivery.status, delivery.next_attempt_at = "dead", None
-    else:
-        delivery.status = "retrying"
-        delivery.next_attempt_at = now + _pause(delivery.attempts, outcome.retry_after)
-    if outcome.status == 410:
+    if outcome.status == GONE:
         _switch_off(webhook, "The receiver answered 410 Gone.")
-        delivery.status, delivery.next_attempt_at = "dead", None
     elif now - webhook.failing_since >= FAILING_FOR:
         _switch_off(webhook, "Five days of nothing but failures.")
 
 
-def _pause(attempts: int, retry_after: str | None) -> timedelta:
-    if retry_after is not None and retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 7:
-        return timedelta(seconds=min(max(int(retry_after), 1), DAY))
+def _schedule(delivery: Delivery, webhook: Webhook, outcome: Outcome, now: datetime) -> None:
+    if outcome.is_success:
+        delivery.status, delivery.next_attempt_at = "delivered", None
+    elif outcome.status == GONE or delivery.attempts > webhook.max_retries:
+        delivery.status, delivery.next_attempt_at = "dead", None
+    else:
+        delivery.status = "retrying"
+        delivery.next_attempt_at = now + _pause(delivery.attempts, outcome.retry_after, now)
+
+
+def _pause(attempts: int, retry_after: str | None, now: datetime) -> timedelta:
+    asked = _asked_pause(retry_after, now) if retry_after else None
+    if asked is not None:
+        return timedelta(seconds=min(max(asked, SCHEDULE[0]), DAY))
     pause = SCHEDULE[min(attempts, len(SCHEDULE)) - 1]
     return timedelta(seconds=pause * (1 + JITTER * random.random()))  # noqa: S311 - nobody gains by guessing it
+
+
+def _asked_pause(retry_after: str, now: datetime) -> float | None:
+    """RFC 9110 §10.2.3: seconds, or a date."""
+    text = retry_after.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return (parsedate_to_datetime(text) - now).total_seconds()
+    except (ValueError, TypeError):
+        return None
 
 
 def _switch_off(webhook: Webhook, reason: str) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 import clock
 from config import settings
 from database import may_pass, writing
-from models import Base
+from models import Base, Webhook
 
 log = logging.getLogger("lanyard")
 
@@ -62,6 +62,9 @@ def sweep() -> bool:
         statement = sa.delete(table).where(sa.tuple_(*key).in_(expired))
         with writing(durable=False, patient=False) as connection:
             deleted.append(connection.execute(statement).rowcount)
+    with writing(durable=False, patient=False) as connection:
+        over = Webhook.old_secret_expires_at <= clock.now()
+        connection.execute(sa.update(Webhook).where(over).values(old_secret=None, old_secret_expires_at=None))
     return max(deleted) == BATCH
 
 

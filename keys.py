@@ -67,8 +67,6 @@ def ensure_signing_key(*, follow_setting: bool) -> None:
     :param follow_setting: make the next key, too, when the newest is not of the configured algorithm.
     """
     alg = _newest_alg()
-    if alg is not None:
-        _read_keys()  # a key that cannot be read stops the start, not the first request
     if alg is None:
         _add_key(settings().signing_alg, clock.now())
     elif follow_setting and alg != settings().signing_alg:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import Flask, current_app
 
 from config import SettingError, Settings
+from models import SigningKey, Webhook, db
 
 _EXTENSION = "lanyard.vault"
+_FIRST = "lanyard.vault.first"
 _MARK = "fernet:"
 
 
@@ -15,12 +18,38 @@ def init_app(app: Flask, settings: Settings) -> None:
     """Take the keys of LANYARD_SECRET_KEY: the first encrypts, any decrypts."""
     keys = [Fernet(key) for key in settings.secret_keys]
     app.extensions[_EXTENSION] = MultiFernet(keys) if keys else None
+    app.extensions[_FIRST] = keys[0] if keys else None
 
 
 def seal(text: str) -> str:
     """What to store of a secret: itself, if there is no key to encrypt it with."""
     fernet: MultiFernet | None = current_app.extensions[_EXTENSION]
     return text if fernet is None else _MARK + fernet.encrypt(text.encode()).decode()
+
+
+def reseal_all() -> None:
+    """Seal anew what the first key does not seal yet; in the caller's transaction.
+
+    :raises SettingError: when something is sealed with a key that is not given.
+    """
+    fernet: MultiFernet | None = current_app.extensions[_EXTENSION]
+    for column in (SigningKey.jwk, Webhook.secret, Webhook.old_secret):
+        row_id = column.class_.pk
+        for pk, stored in db.session.execute(sa.select(row_id, column).where(column.is_not(None))).all():
+            text = unseal(stored)
+            if fernet is not None and not _is_sealed_by_first(stored):
+                db.session.execute(
+                    sa.update(column.class_).where(row_id == pk).values({column.key: seal(text)})
+                )
+
+
+def _is_sealed_by_first(stored: str) -> bool:
+    first: Fernet = current_app.extensions[_FIRST]
+    try:
+        first.decrypt(stored.removeprefix(_MARK))
+    except InvalidToken:
+        return False
+    return True
 
 
 def unseal(stored: str) -> str:

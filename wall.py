@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 TIMEOUT = 10.0  # seconds for all of it: the connection, the request, the answer
 ANSWER_LIMIT = 1024  # bytes kept of an answer
+HEARD_LIMIT = 65_536  # bytes read of it, headers included
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -28,15 +28,13 @@ _REFUSED = [
         "192.88.99.0/24",
         "198.18.0.0/15",
         "240.0.0.0/4",
-        "64:ff9b::/96",
-        "64:ff9b:1::/48",
-        "100::/64",
         "2001::/23",
         "2002::/16",
-        "fc00::/7",
-        "fec0::/10",
+        "3fff::/20",
     )
 ]
+# All that is given out of IPv6 so far: whatever lies beyond is refused without a list.
+_IPV6 = ipaddress.ip_network("2000::/3")
 
 
 class Refused(Exception):
@@ -111,7 +109,7 @@ def is_public(text: str) -> bool:
     mapped = getattr(address, "ipv4_mapped", None)
     if mapped is not None:
         address = mapped
-    if not address.is_global or address.is_multicast or address.is_unspecified:
+    if not address.is_global or address.is_multicast or (address.version == 6 and address not in _IPV6):
         return False
     return not any(address in network for network in _REFUSED if network.version == address.version)
 
@@ -119,38 +117,71 @@ def is_public(text: str) -> bool:
 def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> Answer:
     """POST to the address that was checked; redirects are not followed, and no proxy is asked.
 
-    :raises OSError: when it cannot be done within TIMEOUT.
+    :raises OSError: when there is no answer within TIMEOUT.
     :raises http.client.HTTPException: when the answer is not HTTP.
     """
-    began = time.monotonic()
-    with _connect(target, address) as connection:
-        connection.request("POST", target.path, body, {"Host": target.host_header, **headers})
-        response = connection.getresponse()
-        text = response.read(ANSWER_LIMIT).decode(errors="replace")
-    # An answer that was cut off looks like one that ended.
-    if time.monotonic() - began >= TIMEOUT:
-        raise TimeoutError(f"no whole answer within {TIMEOUT:.0f} seconds")
-    return Answer(response.status, text, response.headers.get("Retry-After"))
-
-
-@contextmanager
-def _connect(target: Target, address: str) -> Iterator[http.client.HTTPConnection]:
-    connection = http.client.HTTPConnection(target.host, target.port, timeout=TIMEOUT)
-    connection.sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
-    # A socket's timeout is for each read: one that sends a byte now and then would never meet it.
-    deadline = threading.Timer(TIMEOUT, _cut, [connection])
-    deadline.start()
+    deadline = time.monotonic() + TIMEOUT
+    sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
     try:
         if target.scheme == "https":
             # The certificate is checked for the name, not for the address.
             context = ssl.create_default_context()
-            connection.sock = context.wrap_socket(connection.sock, server_hostname=target.host)
-        yield connection
+            name = target.host.rstrip(".")
+            sock = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+            sock.settimeout(_left(deadline))
+            sock.do_handshake()
+        sock.settimeout(_left(deadline))
+        sock.sendall(_request(target, body, headers))
+        response = http.client.HTTPResponse(_Heard(sock, deadline), method="POST")  # type: ignore[arg-type]
+        response.begin()
+        return Answer(response.status, _beginning(response), response.headers.get("Retry-After"))
     finally:
-        deadline.cancel()
-        connection.close()
+        sock.close()
 
 
-def _cut(connection: http.client.HTTPConnection) -> None:
-    with suppress(OSError, AttributeError):  # it is closed already
-        connection.sock.shutdown(socket.SHUT_RDWR)
+def _request(target: Target, body: bytes, headers: dict[str, str]) -> bytes:
+    lines = {"Host": target.host_header, "Content-Length": str(len(body)), "Connection": "close", **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"POST {target.path} HTTP/1.1\r\n{head}\r\n".encode("ascii") + body
+
+
+def _beginning(response: http.client.HTTPResponse) -> str:
+    # The status is what counts: a body that is broken or never ends takes nothing from it.
+    with suppress(OSError, http.client.HTTPException, ValueError):
+        return response.read(ANSWER_LIMIT).decode(errors="replace")
+    return ""
+
+
+class _Heard(io.RawIOBase):
+    """What a receiver says, to a limit of bytes and of time: http.client itself knows neither."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._sock = sock
+        self._deadline = deadline
+        self._room = HEARD_LIMIT
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What http.client asks of a socket."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes, or none when there are no more, or have been enough."""
+        view = memoryview(buffer)[: self._room]
+        if not view:
+            return 0
+        self._sock.settimeout(_left(self._deadline))
+        count = self._sock.recv_into(view)
+        self._room -= count
+        return count
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(f"no answer within {TIMEOUT:.0f} seconds")
+    return left

@@ -76,7 +76,9 @@ def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Webhook
         for name, value in fields.items():
             setattr(webhook, name, value)
         if fields.get("is_active"):
-            webhook.failing_since = webhook.disabled_reason = None
+            webhook.disabled_reason = None
+        if {"is_active", "url"} & set(fields):
+            webhook.failing_since = None
         webhook.updated_at = clock.now()
         _record("webhook.updated", webhook, changed=sorted(fields))
     return {"webhook": webhook}
@@ -100,8 +102,9 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
     secret = credentials.new_webhook_secret()
     with writing():
         webhook = _find(webhook_id)
-        webhook.old_secret = webhook.secret
-        webhook.old_secret_expires_at = clock.now() + timedelta(seconds=fields["grace_period"])
+        grace_period = timedelta(seconds=fields["grace_period"])
+        webhook.old_secret = webhook.secret if grace_period else None
+        webhook.old_secret_expires_at = clock.now() + grace_period if grace_period else None
         webhook.secret = vault.seal(secret)
         webhook.updated_at = clock.now()
         _record("webhook.updated", webhook, changed=["secret"])
@@ -114,7 +117,7 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
 def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]:
     """Send this webhook a `webhook.test` event, whatever it subscribes to."""
     with writing():
-        webhook = _find(webhook_id)
+        webhook = _switched_on(webhook_id)
         told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
         event_pk = events.record("webhook.test", only_webhook=webhook.pk, **told)
         db.session.flush()
@@ -147,6 +150,7 @@ def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
     """Send it again from the start, under the same id."""
     with writing():
+        _switched_on(webhook_id)
         delivery = _find_delivery(webhook_id, delivery_id)
         delivery.status, delivery.attempts, delivery.next_attempt_at = "pending", 0, clock.now()
     return {"delivery": delivery}
@@ -168,6 +172,13 @@ def _find(webhook_id: str) -> Webhook:
     webhook = db.session.scalar(sa.select(Webhook).where(Webhook.id == webhook_id))
     if webhook is None:
         raise Problem(404, "not_found", "No webhook has this id.")
+    return webhook
+
+
+def _switched_on(webhook_id: str) -> Webhook:
+    webhook = _find(webhook_id)
+    if not webhook.is_active:
+        raise Problem(409, "conflict", "This webhook is switched off: PATCH it with is_active true first.")
     return webhook
 
 

@@ -181,10 +181,10 @@ def test_the_log_is_the_operators(client: FlaskClient, token: dict[str, Any]) ->
 def test_events_are_kept_as_long_as_the_setting_says(
     make_app: Callable[..., Flask], time_machine: Clock
 ) -> None:
-    app = make_app(EVENT_RETENTION_DAYS="2")
+    app = make_app(EVENT_RETENTION_DAYS="7")
     client = app.test_client()
     Operator(app).create()
-    time_machine.advance(days=2, seconds=-1)
+    time_machine.advance(days=7, seconds=-1)
     for left in (1, 0):
         with app.app_context():
             housekeeping.sweep()

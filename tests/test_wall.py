@@ -27,7 +27,7 @@ INSIDE = [
     "203.0.113.1", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1",
     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "fec0::1",
     "ff02::1", "2001:db8::1", "2002:7f00:1::", "2001:0:4136:e378::1", "64:ff9b::7f00:1", "64:ff9b:1::1",
-    "100::1", "nonsense", "",
+    "100::1", "::127.0.0.1", "::ffff:0:127.0.0.1", "3fff::1", "5f00::1", "nonsense", "",
 ]  # fmt: skip
 
 
@@ -165,8 +165,8 @@ def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
     enough = threading.Event()
 
     def drip(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\n")
         with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
             while not enough.wait(0.05):
                 connection.sendall(b"X: y\r\n")
 
@@ -175,6 +175,36 @@ def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
             post(Receiver(drip))
     finally:
         enough.set()
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", b"\r\n"],
+    ids=["a chunk of -1", "a chunk of -5", "no length"],
+)
+def test_however_much_a_receiver_says_little_is_heard(endless: bytes) -> None:
+    sent = 0
+
+    def flood(connection: socket.socket) -> None:
+        nonlocal sent
+        with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + endless)
+            for _ in range(2000):
+                sent += connection.send(b"x" * 65_536)
+
+    answer = post(Receiver(flood))
+    assert answer.status == 200
+    assert len(answer.body) <= wall.ANSWER_LIMIT
+    assert sent < 20_000_000, "it was not read to its end"
+
+
+def test_headers_without_end_are_no_answer() -> None:
+    def flood(connection: socket.socket) -> None:
+        with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000)
+
+    with pytest.raises((OSError, HTTPException)):
+        post(Receiver(flood))
 
 
 def test_an_answer_that_is_not_http_is_an_error() -> None:

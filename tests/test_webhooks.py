@@ -18,9 +18,11 @@ from werkzeug.test import TestResponse
 
 import deliverer
 import events
+import housekeeping
+import vault
 from config import SettingError
 from deliverer import Outcome
-from models import Delivery, db
+from models import Delivery, Webhook, db
 
 URL = "http://localhost:9/hook"
 
@@ -194,8 +196,8 @@ def test_after_a_rotation_both_secrets_sign_for_a_while(
 
     def signatures() -> list[str]:
         (parcel,) = parcels(app)
-        assert len(parcel.secrets) == len(set(parcel.secrets))
-        return list(parcel.secrets)
+        assert len(parcel.sealed_secrets) == len(set(parcel.sealed_secrets))
+        return list(parcel.sealed_secrets)
 
     assert signatures() == [new, hook["secret"]]
     time_machine.advance(seconds=60)
@@ -240,7 +242,16 @@ def test_a_webhook_says_how_often_to_retry(app: Flask, client: FlaskClient) -> N
     assert deliveries(client, hook)[0]["status"] == "dead"
 
 
-@pytest.mark.parametrize(("asked", "seconds"), [("120", 120), ("0", 1), ("999999", 86_400)])
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("120", 120),
+        ("0", 5),
+        ("99999999999", 86_400),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 5),
+        ("Fri, 31 Dec 2999 00:00:00 GMT", 86_400),
+    ],
+)
 def test_a_receiver_may_say_when_to_come_back(
     app: Flask, client: FlaskClient, time_machine: Clock, asked: str, seconds: int
 ) -> None:
@@ -262,6 +273,67 @@ def test_a_410_switches_the_webhook_off_and_tells(app: Flask, client: FlaskClien
     assert deliveries(client, hook)[0]["status"] == "dead"
     told = client.get("/api/events?type=webhook.updated", headers=OPERATOR).json["events"]
     assert told[0]["data"]["disabled_reason"] == "The receiver answered 410 Gone."
+
+
+def test_a_410_from_an_address_it_has_left_switches_nothing_off(app: Flask, client: FlaskClient) -> None:
+    hook = create(client, events=["agent.created"])
+    Operator(app).create()
+    (parcel,) = parcels(app)
+    call(client, "PATCH", f"/{hook['webhook']['id']}", json={"url": "http://localhost:9/new"})
+    with app.app_context():
+        deliverer._settle(parcel, Outcome(410, "", None, None))
+    assert call(client, "GET", f"/{hook['webhook']['id']}").json["webhook"]["is_active"] is True
+
+
+def test_a_redelivery_asked_for_during_an_attempt_is_still_to_come(
+    app: Flask, client: FlaskClient, time_machine: Clock
+) -> None:
+    hook = create(client, events=["agent.created"], max_retries=0)
+    Operator(app).create()
+    (parcel,) = parcels(app)
+    time_machine.advance(seconds=1)
+    (delivery,) = deliveries(client, hook)
+    path = f"/{hook['webhook']['id']}/deliveries/{delivery['id']}/redeliver"
+    assert call(client, "POST", path).status_code == 202
+    with app.app_context():
+        deliverer._settle(parcel, Outcome(500, "", None, None))
+    assert len(parcels(app)) == 1
+
+
+@pytest.mark.parametrize("path", ["/test", "/deliveries/1/redeliver"])
+def test_a_webhook_that_is_off_sends_nothing_on_request(app: Flask, client: FlaskClient, path: str) -> None:
+    hook = create(client, events=["agent.created"])
+    Operator(app).create()
+    call(client, "PATCH", f"/{hook['webhook']['id']}", json={"is_active": False})
+    response = call(client, "POST", f"/{hook['webhook']['id']}{path}")
+    assert (response.status_code, response.json["error"]) == (409, "conflict")
+
+
+def test_an_old_secret_is_forgotten_when_its_time_is_over(
+    app: Flask, client: FlaskClient, time_machine: Clock
+) -> None:
+    kept, dropped = create(client), create(client)
+    call(client, "POST", f"/{kept['webhook']['id']}/rotate", json={"grace_period": 60})
+    call(client, "POST", f"/{dropped['webhook']['id']}/rotate", json={"grace_period": 0})
+    with app.app_context():
+        for advance, old in ((0, [kept["secret"], None]), (60, [None, None])):
+            time_machine.advance(seconds=advance)
+            housekeeping.sweep()
+            assert list(db.session.scalars(sa.select(Webhook.old_secret).order_by(Webhook.pk))) == old
+
+
+def test_many_dead_hosts_leave_room_for_a_healthy_one(app: Flask, client: FlaskClient) -> None:
+    for _ in range(40):
+        create(client, events=["agent.created"])
+    Operator(app).create()
+    while settle(app, 500, retry_after="0"):
+        pass
+    create(client, events=["agent.created"], url="http://localhost:9/healthy")
+    for _ in range(20):
+        Operator(app).create()
+    due = parcels(app)
+    assert sum(parcel.url.endswith("/healthy") for parcel in due) == deliverer.IN_FLIGHT_EACH
+    assert len(due) == deliverer.IN_FLIGHT_EACH + deliverer.IN_FLIGHT_FAILING
 
 
 def test_five_days_of_nothing_but_failures_switch_it_off(
@@ -383,7 +455,8 @@ def test_with_a_secret_key_nothing_that_signs_is_in_the_file_in_clear(
     files = b"".join(path.read_bytes() for path in (tmp_path / "sealed").iterdir())
     assert secret.encode() not in files
     assert b'"qi"' not in files
-    assert secret in parcels(app)[0].secrets
+    with app.app_context():
+        assert vault.unseal(parcels(app)[0].sealed_secrets[0]) == secret
 
 
 def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path: Path) -> None:
@@ -397,13 +470,31 @@ def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path:
 def test_keys_are_changed_by_putting_a_new_one_first(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     old, new = (Fernet.generate_key().decode() for _ in range(2))
     place = {"WEBHOOK_ALLOW_PRIVATE": "1", "INSTANCE": str(tmp_path / "sealed")}
-    secret = create(make_app(SECRET_KEY=old, **place).test_client())["secret"]
-    app = make_app(SECRET_KEY=f"{new},{old}", **place)
-    Operator(app).create()
-    assert {s for parcel in parcels(app) for s in parcel.secrets} == {secret}
-    for wrong in ("", new):
+    secret = create(make_app(**place).test_client())["secret"]
+    for keys in (old, f"{new},{old}", new):
+        app = make_app(SECRET_KEY=keys, **place)
+        Operator(app).create()
+        with app.app_context():
+            (sealed,) = {s for parcel in parcels(app) for s in parcel.sealed_secrets}
+            assert (sealed != secret, vault.unseal(sealed)) == (True, secret)
+        assert ask_token(app.test_client(), Operator(app).create()).status_code == 200
+    for wrong in ("", old):
         with pytest.raises(SettingError, match="LANYARD_SECRET_KEY must hold the key"):
             make_app(SECRET_KEY=wrong, **place)
+
+
+def test_a_secret_that_cannot_be_read_fails_its_own_delivery_only(app: Flask, client: FlaskClient) -> None:
+    broken, fine = create(client, events=["agent.created"]), create(client, events=["agent.created"])
+    with app.app_context():
+        values = {"id": broken["webhook"]["id"]}
+        db.session.execute(sa.text("UPDATE webhooks SET secret = 'fernet:x' WHERE id = :id"), values)
+        db.session.commit()
+    Operator(app).create()
+    with app.app_context():
+        for parcel in parcels(app):
+            deliverer._settle(parcel, deliverer._send(parcel))
+    assert "LANYARD_SECRET_KEY" in deliveries(client, broken)[0]["error"]
+    assert "LANYARD_SECRET_KEY" not in str(deliveries(client, fine)[0]["error"])
 
 
 @pytest.mark.parametrize("key", ["short", "x" * 44, "é" * 44])
