@@ -53,6 +53,7 @@ class Parcel(NamedTuple):
     event_id: str
     sealed_secrets: tuple[str, ...]
     due_at: datetime | None
+    is_failing: bool
 
 
 class Outcome(NamedTuple):
@@ -76,7 +77,7 @@ class Deliverer:
         self._app = app
         self._stopping = threading.Event()
         self._landed = threading.Event()
-        self._flying: dict[int, int] = {}  # delivery -> webhook
+        self._flying: dict[int, Parcel] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="deliverer", daemon=True)
 
@@ -109,7 +110,7 @@ class Deliverer:
                     with self._app.app_context():
                         for parcel in self._due():
                             with self._lock:
-                                self._flying[parcel.delivery] = parcel.webhook
+                                self._flying[parcel.delivery] = parcel
                             pool.submit(self._attempt, parcel)
                 except Exception:
                     log.exception("The outbox cannot be read.")
@@ -121,18 +122,17 @@ class Deliverer:
     def _due(self) -> list[Parcel]:
         """What may be sent now: the oldest first, but never too many of one webhook."""
         with self._lock:
-            flying = dict(self._flying)
-        taken = Counter(flying.values())
+            flying = list(self._flying.values())
+        taken = Counter(parcel.webhook for parcel in flying)
         parcels: list[Parcel] = []
-        failing = 0
         for webhook, failing_since in _webhooks_with_something_due():
-            free = IN_FLIGHT - len(flying) - len(parcels)
+            free, most = IN_FLIGHT - len(flying) - len(parcels), IN_FLIGHT_EACH
             if failing_since is not None:
-                failing += 1
-                free = min(free, 1) if failing <= IN_FLIGHT_FAILING else 0
-            places = min(free, (1 if failing_since else IN_FLIGHT_EACH) - taken[webhook])
+                failing = sum(parcel.is_failing for parcel in [*flying, *parcels])
+                free, most = min(free, IN_FLIGHT_FAILING - failing), 1
+            places = min(free, most - taken[webhook])
             if places > 0:
-                parcels += _parcels(webhook, places, flying)
+                parcels += _parcels(webhook, places, [parcel.delivery for parcel in flying])
         return parcels
 
     def _attempt(self, parcel: Parcel) -> None:
@@ -161,14 +161,14 @@ def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:
     return found
 
 
-def _parcels(webhook_pk: int, places: int, flying: dict[int, int]) -> list[Parcel]:
+def _parcels(webhook_pk: int, places: int, flying: list[int]) -> list[Parcel]:
     statement = (
         sa.select(Delivery, Webhook)
         .join(Webhook, Webhook.pk == Delivery.webhook_pk)
         .where(
             Delivery.webhook_pk == webhook_pk,
             Delivery.next_attempt_at <= clock.now(),
-            Delivery.pk.not_in(list(flying)),
+            Delivery.pk.not_in(flying),
         )
         .order_by(Delivery.next_attempt_at, Delivery.pk)
         .limit(places)
@@ -188,6 +188,7 @@ def _parcel(delivery: Delivery, webhook: Webhook) -> Parcel:
         delivery.event.id,
         tuple(secrets),
         delivery.next_attempt_at,
+        webhook.failing_since is not None,
     )
 
 

@@ -52,9 +52,10 @@ def _check_free(address: Any) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         sys.exit(
-            f"Lanyard will not start: LANYARD_HOST and LANYARD_PORT must be an address that is free,"
-            f" and {host}:{port} is not: {error.strerror}."
+            "Lanyard will not start: LANYARD_HOST and LANYARD_PORT must be an address that is free,"
+            f" and {host}:{port} is not: {reason}."
         )
 
 
