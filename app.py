@@ -12,7 +12,6 @@ from typing import Any
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
 from flask import Flask, Response, jsonify
-from flask_smorest import Api
 from sqlalchemy.exc import OperationalError
 from werkzeug.exceptions import HTTPException
 
@@ -60,9 +59,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
         LANYARD=settings,
         MAX_CONTENT_LENGTH=MAX_BODY + 1,
         PROVIDE_AUTOMATIC_OPTIONS=False,
-        API_TITLE="Lanyard",
-        API_VERSION=VERSION,
-        OPENAPI_VERSION="3.1.0",
     )
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
@@ -138,13 +134,12 @@ def ready() -> dict[str, str]:
 
 
 def _register_routes(app: Flask) -> None:
-    api = Api(app)
     for blueprint in (service, oauth.blueprint, metadata.blueprint):
-        api.register_blueprint(blueprint)
+        app.register_blueprint(blueprint)
     for blueprint in (agents.management, agents.self_service, webhooks.room):
-        api.register_blueprint(blueprint)
+        app.register_blueprint(blueprint)
     for blueprint in (management.keys_room, management.event_log):
-        api.register_blueprint(blueprint)
+        app.register_blueprint(blueprint)
 
 
 def _register_error_handlers(app: Flask) -> None:
