@@ -209,7 +209,9 @@ def rotate(
     :param revoke_tokens: end every token of the agent, for a leak.
     """
     if agent.token_endpoint_auth_method == "private_key_jwt":
-        raise Problem(409, "conflict", "This agent proves itself by its keys: it has no client secret.")
+        raise Problem(
+            409, "conflict", "This agent has no client secret: PATCH its jwks to give it other keys."
+        )
     now = clock.now()
     if grace_period:
         ends_at = now + timedelta(seconds=grace_period)
@@ -356,8 +358,9 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
         since = now - timedelta(days=query["stale_days"])
         filters.append(sa.func.coalesce(Agent.last_activity_at, Agent.created_at) < since)
     if query["q"] is not None:
-        columns = (Agent.name, Agent.description, Agent.owner, Agent.client_id)
-        filters.append(sa.or_(*(column.icontains(query["q"], autoescape=True) for column in columns)))
+        columns = (Agent.name, Agent.description, Agent.owner)
+        found = [column.icontains(query["q"], autoescape=True) for column in columns]
+        filters.append(sa.or_(Agent.client_id.startswith(query["q"], autoescape=True), *found))
     return filters
 
 

@@ -191,7 +191,9 @@ def _by_secret(request: OAuth2Request) -> Client:
         raise InvalidRequestError("The client_id in the body is not the one in the Authorization header.")
     client_id, secret = basic or (form.get("client_id"), form.get("client_secret"))
     if not client_id or not secret:
-        raise AuthenticationFailed("Send client_id and client_secret, in the body or as HTTP Basic.")
+        raise AuthenticationFailed(
+            "Send client_id and client_secret, in the body or as HTTP Basic, or a client_assertion."
+        )
     return _prove_secret(client_id, secret)
 
 

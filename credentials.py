@@ -65,8 +65,13 @@ def grant_id(family_id: str) -> str:
 
 
 def new_event_id() -> str:
-    """An event's or a request's id: `evt_` and 128 random bits."""
+    """An event's id: `evt_` and 128 random bits."""
     return "evt_" + secrets.token_urlsafe(16)
+
+
+def new_request_id() -> str:
+    """A request's id: `req_` and 128 random bits."""
+    return "req_" + secrets.token_urlsafe(16)
 
 
 def new_webhook_secret() -> str:

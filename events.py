@@ -146,7 +146,7 @@ def caller_is(actor: str) -> None:
 
 def _name_request() -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else credentials.new_event_id()
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else credentials.new_request_id()
 
 
 def _tell_request_id(response: Response) -> Response:

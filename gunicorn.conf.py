@@ -5,6 +5,8 @@ import socket
 import sys
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import access
 from config import SettingError, Settings, unknown_names
 from deliverer import Deliverer

@@ -3,9 +3,8 @@
 The MCP server's URL is among the agent's `audiences`, since the SDK asks for a token with it as `resource`.
 
     pip install mcp
-    export CLIENT_ID=cid_… CLIENT_SECRET=cs_… PRIVATE_KEY=ed25519.pem
-    python mcp_client.py secret http://localhost:8080 http://localhost:8000/mcp
-    python mcp_client.py key http://localhost:8080 http://localhost:8000/mcp
+    CLIENT_ID=cid_… CLIENT_SECRET=cs_… python mcp_client.py secret http://localhost:8080 http://localhost:8000/mcp
+    CLIENT_ID=cid_… PRIVATE_KEY=ed25519.pem python mcp_client.py key http://localhost:8080 http://localhost:8000/mcp
 """
 
 import asyncio

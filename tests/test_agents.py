@@ -162,6 +162,7 @@ def test_a_page_stays_put_while_agents_come_and_go(operator: Operator) -> None:
         ("?q=ON", {"one"}),
         ("?q=anne", {"two"}),
         ("?q=%25", set()),
+        ("?q=cid_", {"one", "two", "off", "late"}),
         ("?is_active=&scope=&owner=&stale_days=&q=", {"one", "two", "off", "late"}),
         ("?stale_days=1", {"one", "two", "off", "late"}),
         ("?stale_days=3", set()),

@@ -75,7 +75,7 @@ def test_an_event_tells_from_where_and_in_which_request(make_app: Callable[..., 
 def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: str) -> None:
     told = client.get("/health", headers={"X-Request-Id": given}).headers["X-Request-Id"]
     assert told != given
-    assert told.startswith("evt_")
+    assert told.startswith("req_")
 
 
 def test_a_refresh_token_used_twice_is_told_once(
