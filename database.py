@@ -28,6 +28,7 @@ _PASSING = {
     sqlite3.SQLITE_CANTOPEN,
 }
 BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
+SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 
 def newest_page(
@@ -54,7 +55,7 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
     reading to writing, which is where SQLite's "database is locked" comes from.
 
     :param durable: fsync at the commit; without it a power cut, not a crash, may undo the commit.
-    :param patient: wait for the lock for BUSY_TIMEOUT; else give up at once.
+    :param patient: wait for the lock for BUSY_TIMEOUT; else give up soon.
     """
     db.session.rollback()
     try:
@@ -144,7 +145,7 @@ def _on_begin(connection: sa.Connection) -> None:
     if options["patient"]:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         return
-    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(SHORT_TIMEOUT * 1000)}")
     try:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,22 @@ def test_under_a_constant_load_nothing_piles_up(
     assert most <= 15, "seven days of two a day, and the newest"
 
 
-def test_a_sweep_does_not_wait_for_another_writer(app: Flask, tmp_path: Path) -> None:
+def test_a_sweep_waits_for_its_turn_among_writers(app: Flask, tmp_path: Path) -> None:
+    other = lock(tmp_path)
+    release = threading.Timer(0.05, other.close)
+    release.start()
+    with app.app_context():
+        assert housekeeping.sweep() is False, "under load there is always another writer"
+    release.join()
+
+
+def test_a_sweep_does_not_wait_long_for_another_writer(app: Flask, tmp_path: Path) -> None:
     said: list[str] = []
     with app.app_context():
         sa.event.listen(db.engine, "before_cursor_execute", lambda *call: said.append(call[2]))
         with closing(lock(tmp_path)), pytest.raises(sa.exc.OperationalError):
             housekeeping.sweep()
-        assert said.index("PRAGMA busy_timeout = 0") == said.index("BEGIN IMMEDIATE") - 1
+        assert said.index("PRAGMA busy_timeout = 250") == said.index("BEGIN IMMEDIATE") - 1
         assert db.session.scalar(sa.text("PRAGMA busy_timeout")) == 5000
         assert housekeeping.sweep() is False
 
