@@ -202,7 +202,7 @@ def _prove_secret(client_id: str, secret: str) -> Client:
     hint = credentials.client_secret_hint(secret)
     if hint is None:
         raise AuthenticationFailed()
-    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=now)
+    row = first_row(_BY_SECRET, client_id=client_id, hint=hint, now=now)
     if not credentials.checker().check(secret, row.hash if row else None) or row is None:
         raise AuthenticationFailed()
     return Client(row, now)
@@ -303,11 +303,12 @@ def _bad_assertion(reason: str) -> AuthenticationFailed:
 
 
 def _find_by_client_id(client_id: str) -> Client | None:
-    row = _first(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
+    row = first_row(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
     return Client(row, clock.now()) if row else None
 
 
-def _first(statement: sa.Executable, **values: Any) -> sa.Row[Any] | None:
+def first_row(statement: sa.Executable, **values: Any) -> sa.Row[Any] | None:
+    """The first row of a read that is over when this returns."""
     row = db.session.connection().execute(statement, values).first()
     # What follows is long, a bcrypt check or a signature: it holds no snapshot of the database.
     db.session.rollback()

@@ -127,9 +127,7 @@ def signing_key(newest: int) -> Key:
     :param newest: what NEWEST_KEY was in this request's own read of the database.
     """
     now = clock.now()
-    ring = _keyring()
-    if ring.newest != newest:
-        ring = _read_keys()
+    ring = _keyring(newest)
     signing = [key for row, key in zip(ring.rows, ring.keys, strict=True) if row.signs_from <= now]
     # None signs yet when the clock was set back: then the oldest goes on.
     return signing[-1] if signing else ring.keys[0]
@@ -150,9 +148,7 @@ def find_key(signature: GuestProtocol) -> KeySet:
 
 def public_jwks() -> dict[str, Any]:
     """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves of all that are not gone."""
-    ring = _keyring()
-    if ring.newest != db.session.scalar(sa.select(NEWEST_KEY)):
-        ring = _read_keys()
+    ring = _keyring(db.session.scalar(sa.select(NEWEST_KEY)) or 0)
     return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
 
 
@@ -160,9 +156,10 @@ def _newest_alg() -> str | None:
     return db.session.scalar(sa.select(SigningKey.alg).order_by(SigningKey.pk.desc()).limit(1))
 
 
-def _keyring() -> Keyring:
+def _keyring(newest: int | None = None) -> Keyring:
+    """The keys as this process knows them, read again unless the newest of them is `newest`, if given."""
     ring: Keyring | None = current_app.extensions.get(_EXTENSION)
-    return ring or _read_keys()
+    return ring if ring and newest in (None, ring.newest) else _read_keys()
 
 
 def _read_keys() -> Keyring:

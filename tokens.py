@@ -18,10 +18,10 @@ import clock
 import credentials
 import events
 import keys
-from clients import COLUMNS, AuthenticationFailed, Client
+from clients import COLUMNS, AuthenticationFailed, Client, first_row
 from config import DAY, Settings, settings
 from database import writing
-from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, db
+from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
 
 log = logging.getLogger("lanyard")
 
@@ -175,8 +175,7 @@ def find_by_refresh_token(text: str) -> Client | None:
     family_id = credentials.refresh_token_family(text)
     if family_id is None:
         return None
-    row = db.session.connection().execute(_BY_FAMILY, {"family": family_id}).first()
-    db.session.rollback()
+    row = first_row(_BY_FAMILY, family=family_id)
     return Client(row, clock.now()) if row and row.family_expires_at > clock.now() else None
 
 
