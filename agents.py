@@ -144,7 +144,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 
 @self_service.get("")
 @self_service.response(200, schemas.AgentAnswer)
-def show_me() -> dict[str, Agent]:
+def show_me() -> dict[str, Any]:
     """The agent whose token this is."""
     return {"agent": bearer.current_agent()}
 
@@ -226,7 +226,7 @@ def rotate(
     if revoke_tokens:
         _end_tokens(agent)
     agent.updated_at = now
-    told = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
+    told: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
     events.record("agent.credentials_rotated", agent, rotated_by=rotated_by, **told)
 
 
@@ -280,7 +280,7 @@ def _find(agent_id: str) -> Agent:
 def _myself() -> Agent:
     """The calling agent, checked again under the write lock: it may have died since."""
     bearer.require_agent()
-    return bearer.current_agent()
+    return _find(bearer.current_agent().id)
 
 
 def _new_agent(fields: dict[str, Any]) -> Agent:
@@ -364,12 +364,12 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     return filters
 
 
-def _rotations(agent: Agent) -> Sequence[Rotation]:
+def _rotations(agent: Any) -> Sequence[Rotation]:
     statement = sa.select(Rotation).where(Rotation.agent_pk == agent.pk).order_by(Rotation.pk.desc())
     return db.session.scalars(statement.limit(ROTATIONS_SHOWN)).all()
 
 
-def _daily_usage(agent: Agent) -> list[UsageDay]:
+def _daily_usage(agent: Any) -> list[UsageDay]:
     """The last thirty days, today last, the idle ones with zeros."""
     today = clock.now().date()
     days = [today - timedelta(days=back) for back in range(USAGE_DAYS - 1, -1, -1)]

@@ -28,6 +28,7 @@ import management
 import metadata
 import models
 import oauth
+import prepared
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
@@ -64,6 +65,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     vault.init_app(app, settings)
+    prepared.init_app(app)
     _open_instance(app, settings, serving)
     events.init_app(app)
     bearer.init_app(app, settings)
@@ -147,6 +149,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(OperationalError, _answer_database_error)
+    app.register_error_handler(sqlite3.OperationalError, _answer_database_error)
     app.register_error_handler(Exception, _answer_crash)
 
 
@@ -170,10 +173,10 @@ def _answer_http_error(error: HTTPException) -> Response:
     return _answer_problem(Problem(code, name, text, headers=headers))
 
 
-def _answer_database_error(error: OperationalError) -> Response:
+def _answer_database_error(error: OperationalError | sqlite3.OperationalError) -> Response:
     if not database.may_pass(error):
         return _answer_crash(error)
-    log.error("The database does not answer: %s", error.orig)
+    log.error("The database does not answer: %s", getattr(error, "orig", error))
     text = "The database does not answer just now. Try again shortly."
     return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
 

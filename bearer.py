@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from authlib.integrations.flask_oauth2 import ResourceProtector
+from authlib.oauth2 import ResourceProtector
 from authlib.oauth2.rfc6749 import MissingAuthorizationError, UnsupportedTokenTypeError
 from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError
 from authlib.oauth2.rfc9068 import JWTBearerTokenValidator
@@ -20,7 +20,8 @@ import clock
 import events
 import keys
 from config import Settings, settings
-from models import Agent, RevokedToken, SigningKey, db
+from models import Agent, RevokedToken, SigningKey, is_live
+from prepared import Prepared
 from wire import Problem
 
 _EXTENSION = "lanyard.bearer"
@@ -74,7 +75,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         except JoseError:
             raise InvalidTokenError() from None
         agent = _standing_agent(token)
-        if agent is None or not agent.is_live(clock.now()):
+        if agent is None or not is_live(agent, clock.now()):
             raise InvalidTokenError()
         # A scope taken from the agent is gone from its older tokens too.
         held = [scope for scope in token["scope"].split() if scope in agent.scopes]
@@ -83,9 +84,10 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         token.agent, token.scopes = agent, held
 
 
+_COLUMNS = [column.label(name) for name, column in sa.inspect(Agent).columns.items()]
 # The agent of a token, unless the token, its grant, its version or its key has been ended since.
-_STANDING_AGENT = (
-    sa.select(Agent)
+_STANDING_AGENT = Prepared(
+    sa.select(*_COLUMNS)
     .join(SigningKey, SigningKey.kid == bindparam("kid"))
     .where(
         Agent.client_id == bindparam("client_id"),
@@ -96,7 +98,7 @@ _STANDING_AGENT = (
 )
 
 
-def _standing_agent(token: JWTAccessTokenClaims) -> Agent | None:
+def _standing_agent(token: JWTAccessTokenClaims) -> Any:
     jti = str(token["jti"])
     values = {"jti": jti, "grant": jti.partition(".")[0], "kid": token.header["kid"]}
     values |= {
@@ -104,7 +106,7 @@ def _standing_agent(token: JWTAccessTokenClaims) -> Agent | None:
         "agent_id": token.get("agent_id"),
         "version": token.get("ver"),
     }
-    return db.session.scalar(_STANDING_AGENT, values)
+    return _STANDING_AGENT.first(**values)
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -137,8 +139,8 @@ def require_operator() -> None:
     events.caller_is(current_agent().id)
 
 
-def look_at(token_string: str) -> tuple[dict[str, Any], Agent] | None:
-    """The claims of a good access token, whatever its audience, and its agent.
+def look_at(token_string: str) -> tuple[dict[str, Any], Any] | None:
+    """The claims of a good access token, whatever its audience, and its agent's row.
 
     `scope` in the claims is what the token still holds.
     """
@@ -151,10 +153,9 @@ def look_at(token_string: str) -> tuple[dict[str, Any], Agent] | None:
     return {**token, "scope": " ".join(token.scopes)}, token.agent
 
 
-def current_agent() -> Agent:
-    """The agent whose token the request carries."""
-    agent: Agent = g.agent
-    return agent
+def current_agent() -> Any:
+    """The agent whose token the request carries: a row with what an Agent has, read when it was checked."""
+    return g.agent
 
 
 def is_admin() -> bool:
@@ -165,7 +166,7 @@ def is_admin() -> bool:
 def _require(scope: str | None) -> None:
     protector: ResourceProtector = current_app.extensions[_EXTENSION]
     try:
-        token = protector.acquire_token([scope] if scope else None)
+        token = protector.validate_request([scope] if scope else None, request)
         g.agent, g.scopes = token.agent, token.scopes
     except InvalidTokenError:
         raise _challenge(401, "invalid_token", _INVALID) from None

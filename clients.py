@@ -22,9 +22,9 @@ import clock
 import credentials
 import events
 from config import settings
-from database import writing
 from keys import NEWEST_KEY, Algorithms
-from models import Agent, ClientSecret, Moment, SpentAssertion, db
+from models import Agent, ClientSecret, Moment, SpentAssertion, is_live
+from prepared import Prepared, writing
 from wire import is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
@@ -48,7 +48,7 @@ COLUMNS = (
     NEWEST_KEY.label("newest_key"),
 )
 _NOW: Any = bindparam("now", type_=Moment)
-_BY_SECRET = (
+_BY_SECRET = Prepared(
     sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hash, ClientSecret.last_used_at)
     .outerjoin(
         ClientSecret,
@@ -60,8 +60,8 @@ _BY_SECRET = (
     )
     .where(Agent.client_id == bindparam("client_id"))
 )
-_BY_CLIENT_ID = sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id"))
-_SPEND_ASSERTION = (
+_BY_CLIENT_ID = Prepared(sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id")))
+_SPEND_ASSERTION = Prepared(
     insert(SpentAssertion)
     .from_select(
         ["agent_pk", "jti_hash", "expires_at"],
@@ -94,15 +94,15 @@ class AssertionFailed(AuthenticationFailed):
 class Client(ClientMixin):
     """An agent as Authlib sees a client, read at `now` and good for one request."""
 
-    def __init__(self, row: sa.Row[Any], now: datetime) -> None:
+    def __init__(self, row: Any, now: datetime) -> None:
         self.row = row
         self.now = now
         # What this request may have, filled in by the grant.
         self.audiences: list[str] = []
         # A refresh has found its client by a family; a first grant starts one.
-        self.family_id: str = row._mapping.get("family_id") or credentials.new_family_id()
+        self.family_id: str = getattr(row, "family_id", None) or credentials.new_family_id()
         # The row of the client secret that proved it, if one did.
-        self.secret_pk: int | None = row._mapping.get("secret_pk")
+        self.secret_pk: int | None = getattr(row, "secret_pk", None)
 
     def get_client_id(self) -> str:
         """Authlib's name for `client_id`."""
@@ -125,8 +125,7 @@ class Client(ClientMixin):
     @property
     def is_live(self) -> bool:
         """Whether the agent is switched on and not expired."""
-        expires_at = self.row.expires_at
-        return bool(self.row.is_active) and (expires_at is None or expires_at > self.now)
+        return is_live(self.row, self.now)
 
     @property
     def held_scopes(self) -> list[str]:
@@ -202,7 +201,7 @@ def _prove_secret(client_id: str, secret: str) -> Client:
     hint = credentials.client_secret_hint(secret)
     if hint is None:
         raise AuthenticationFailed()
-    row = first_row(_BY_SECRET, client_id=client_id, hint=hint, now=now)
+    row = _BY_SECRET.first(client_id=client_id, hint=hint, now=now)
     if not credentials.checker().check(secret, row.hash if row else None) or row is None:
         raise AuthenticationFailed()
     return Client(row, now)
@@ -285,8 +284,8 @@ class ClientAssertion(JWTBearerClientAssertion):
             "jti_hash": credentials.digest(jti),
             "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
         }
-        with writing() as connection:
-            return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
+        with writing(durable=True) as connection:
+            return _SPEND_ASSERTION.change(connection, **spent) == 1
 
     def authenticate_client(self, client: Client) -> Client:
         """An agent with keys may use them, whatever else it may use."""
@@ -303,16 +302,8 @@ def _bad_assertion(reason: str) -> AuthenticationFailed:
 
 
 def _find_by_client_id(client_id: str) -> Client | None:
-    row = first_row(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
+    row = _BY_CLIENT_ID.first(client_id=client_id) if is_text(client_id) else None
     return Client(row, clock.now()) if row else None
-
-
-def first_row(statement: sa.Executable, **values: Any) -> sa.Row[Any] | None:
-    """The first row of a read that is over when this returns."""
-    row = db.session.connection().execute(statement, values).first()
-    # What follows is long, a bcrypt check or a signature: it holds no snapshot of the database.
-    db.session.rollback()
-    return row
 
 
 def _basic_credentials(headers: Mapping[str, str]) -> tuple[str, str] | None:

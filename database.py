@@ -59,8 +59,8 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
     """
     db.session.rollback()
     try:
-        options = {"write": "FULL" if durable else "NORMAL", "patient": patient}
-        yield db.session.connection(execution_options=options)
+        options = {"durable": durable, "patient": patient}
+        yield db.session.connection(execution_options={"writing": options})
         db.session.commit()
     except BaseException:
         db.session.rollback()
@@ -98,10 +98,30 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
         db.engine.dispose()
 
 
-def may_pass(error: sa.exc.OperationalError) -> bool:
+def begin_writing(connection: sa.PoolProxiedConnection, *, durable: bool, patient: bool = True) -> None:
+    """BEGIN IMMEDIATE on a connection of the engine's; see `writing`."""
+    execute: Any = connection.cursor().execute
+    level = "FULL" if durable else "NORMAL"
+    # SQLite lets `synchronous` change only outside a transaction.
+    if connection.info["synchronous"] != level:
+        execute(f"PRAGMA synchronous = {level}")
+        connection.info["synchronous"] = level
+    if patient:
+        execute("BEGIN IMMEDIATE")
+        return
+    execute(f"PRAGMA busy_timeout = {int(SHORT_TIMEOUT * 1000)}")
+    try:
+        execute("BEGIN IMMEDIATE")
+    finally:
+        execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
+
+
+def may_pass(error: sa.exc.OperationalError | sqlite3.OperationalError) -> bool:
     """Whether a database error is of the kind that ends by itself or by the operator's hand."""
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the extended codes' low byte
-    return code in _PASSING
+    code = (
+        getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
+    )  # the extended codes' low byte
+    return code & 0xFF in _PASSING  # the low byte of the extended codes
 
 
 @contextmanager
@@ -133,20 +153,9 @@ def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
 
 
 def _on_begin(connection: sa.Connection) -> None:
-    options = connection.get_execution_options()
-    wanted = options.get("write")
-    if wanted is None:
+    # The driver begins nothing by itself: every transaction of the engine's begins here.
+    options = connection.get_execution_options().get("writing")
+    if options is None:
         connection.exec_driver_sql("BEGIN")
-        return
-    # SQLite lets `synchronous` change only outside a transaction.
-    if connection.info["synchronous"] != wanted:
-        connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
-        connection.info["synchronous"] = wanted
-    if options["patient"]:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        return
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(SHORT_TIMEOUT * 1000)}")
-    try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    finally:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
+    else:
+        begin_writing(connection.connection, **options)

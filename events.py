@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 import time
 from collections import OrderedDict
@@ -11,12 +12,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
-from sqlalchemy.exc import OperationalError
 
 import clock
 import credentials
-from database import writing
 from models import Delivery, Event, Moment, Webhook, db
+from prepared import Prepared, writing
 
 TYPES = (
     "agent.created",
@@ -41,26 +41,34 @@ OPERATOR = "admin"
 NOBODY = "anonymous"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_INSERT = sa.insert(Event)
+_INSERT = Prepared(
+    sa.insert(Event)
+    .values(
+        {column.name: sa.bindparam(column.name) for column in Event.__table__.columns if column.name != "pk"}
+    )
+    .returning(Event.pk)
+)
 _SUBSCRIBED = " " + sa.type_coerce(Webhook.events, sa.Text) + " "
 # One row for each webhook that wants to know, written with the event: neither is lost alone.
-_OUTBOX = sa.insert(Delivery).from_select(
-    ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
-    sa.select(
-        Webhook.pk,
-        sa.bindparam("event", type_=sa.Integer),
-        sa.literal("pending"),
-        sa.literal(0),
-        sa.bindparam("now", type_=Moment),
-        sa.bindparam("now", type_=Moment),
-    ).where(
-        Webhook.is_active,
-        sa.or_(
-            sa.func.instr(_SUBSCRIBED, " * ") > 0,
-            sa.func.instr(_SUBSCRIBED, sa.bindparam("type", type_=sa.Text)) > 0,
-            sa.func.instr(_SUBSCRIBED, sa.bindparam("group", type_=sa.Text)) > 0,
+_OUTBOX = Prepared(
+    sa.insert(Delivery).from_select(
+        ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
+        sa.select(
+            Webhook.pk,
+            sa.bindparam("event", type_=sa.Integer),
+            sa.literal("pending"),
+            sa.literal(0),
+            sa.bindparam("now", type_=Moment),
+            sa.bindparam("now", type_=Moment),
+        ).where(
+            Webhook.is_active,
+            sa.or_(
+                sa.func.instr(_SUBSCRIBED, " * ") > 0,
+                sa.func.instr(_SUBSCRIBED, sa.bindparam("type", type_=sa.Text)) > 0,
+                sa.func.instr(_SUBSCRIBED, sa.bindparam("group", type_=sa.Text)) > 0,
+            ),
         ),
-    ),
+    )
 )
 
 
@@ -93,19 +101,28 @@ def init_app(app: Flask) -> None:
     app.after_request(_tell_request_id)
 
 
-def record(type_: str, agent: Any = None, *, only_webhook: int | None = None, **data: Any) -> int:
+def record(
+    type_: str,
+    agent: Any = None,
+    connection: sqlite3.Connection | None = None,
+    *,
+    only_webhook: int | None = None,
+    **data: Any,
+) -> int:
     """Record an event in the caller's write transaction, and put it in the outbox; returns its number.
 
     :param agent: the agent it is about, an object with `id`, `name` and `client_id`.
+    :param connection: what the transaction is on, unless it is the session's.
     :param only_webhook: the row number of the webhook to tell, whatever it subscribes to.
     :param data: what else there is to tell; never a secret, a hash or a token.
     """
     if agent is not None:
         data = {"agent_id": agent.id, "agent_name": agent.name, "client_id": agent.client_id, **data}
+    now = clock.now()
     row = {
         "id": credentials.new_event_id(),
         "type": type_,
-        "created_at": clock.now(),
+        "created_at": now,
         "actor": OPERATOR,
         "agent_id": data.get("agent_id"),
         "address": None,
@@ -114,29 +131,31 @@ def record(type_: str, agent: Any = None, *, only_webhook: int | None = None, **
     }
     if has_request_context():
         row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
-    db.session.flush()  # the outbox asks the tables who is subscribed now
-    connection = db.session.connection()
-    inserted = connection.execute(_INSERT, row).inserted_primary_key
-    event_pk = int(inserted[0]) if inserted else 0
-    now = clock.now()
+    connection = connection or _session_connection()
+    event_pk: int = _INSERT.run(connection, **row).pk
     if only_webhook is not None:
         db.session.add(
             Delivery(webhook_pk=only_webhook, event_pk=event_pk, created_at=now, next_attempt_at=now)
         )
     else:
         group = type_.partition(".")[0]
-        values = {"event": event_pk, "now": now, "type": f" {type_} ", "group": f" {group}.* "}
-        connection.execute(_OUTBOX, values)
+        _OUTBOX.change(connection, event=event_pk, now=now, type=f" {type_} ", group=f" {group}.* ")
     return event_pk
+
+
+def _session_connection() -> sqlite3.Connection:
+    db.session.flush()  # the outbox asks the tables who is subscribed now
+    connection: Any = db.session.connection().connection.dbapi_connection
+    return connection  # type: ignore[no-any-return]
 
 
 def record_failure(client_id: str | None) -> None:
     """Record a failed authentication in a transaction of its own; few of many, for guessers are busy."""
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
-        with suppress(OperationalError), writing(durable=False):
+        with suppress(sqlite3.OperationalError), writing(durable=False) as connection:
             told: dict[str, Any] = {"client_id": client_id} if client_id else {}
-            record("auth.failed", **told)
+            record("auth.failed", None, connection, **told)
 
 
 def caller_is(actor: str) -> None:

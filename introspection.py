@@ -17,7 +17,7 @@ import credentials
 import events
 import tokens
 from config import settings
-from database import writing
+from prepared import writing
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
         if isinstance(token.agent, clients.Client):
             tokens.end_family(token.agent, "token.revoked")
             return
-        with writing() as connection:
+        with writing(durable=True) as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
             tokens.revoke(connection, token.facts["jti"], expires_at)
-            events.record("token.revoked", token.agent, token="access")
+            events.record("token.revoked", token.agent, connection, token="access")
 
 
 def _access_token(text: str) -> KnownToken | None:

@@ -19,6 +19,7 @@ import events
 import vault
 from config import DAY, settings
 from models import SigningKey, db
+from prepared import Prepared
 
 _EXTENSION = "lanyard.keys"
 
@@ -29,6 +30,7 @@ LONGEST_TOKEN = DAY
 
 # Selected with whatever is read before signing: it tells whether this worker has seen the newest key.
 NEWEST_KEY = sa.select(sa.func.max(SigningKey.pk)).scalar_subquery()
+_NEWEST_KEY = Prepared(sa.select(NEWEST_KEY.label("newest")))
 
 
 class Algorithms(JWSRegistry):
@@ -148,7 +150,7 @@ def find_key(signature: GuestProtocol) -> KeySet:
 
 def public_jwks() -> dict[str, Any]:
     """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves of all that are not gone."""
-    ring = _keyring(db.session.scalar(sa.select(NEWEST_KEY)) or 0)
+    ring = _keyring(_NEWEST_KEY.first().newest or 0)
     return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
 
 

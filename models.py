@@ -96,14 +96,18 @@ class Agent(Base):
     last_activity_at: Mapped[datetime | None]
     last_token_issued_at: Mapped[datetime | None]
 
-    def is_live(self, at: datetime) -> bool:
-        """Whether the agent may get and use tokens at that moment: switched on and not expired."""
-        return self.is_active and (self.expires_at is None or self.expires_at > at)
-
     @classmethod
     def live(cls, at: datetime) -> sa.ColumnElement[bool]:
         """`is_live` as SQL."""
         return sa.and_(cls.is_active, sa.or_(cls.expires_at.is_(None), cls.expires_at > at))
+
+
+def is_live(agent: Any, at: datetime) -> bool:
+    """Whether an agent may get and use tokens at that moment: switched on and not expired.
+
+    :param agent: an Agent, or a row with its `is_active` and `expires_at`.
+    """
+    return bool(agent.is_active) and (agent.expires_at is None or agent.expires_at > at)
 
 
 def _agent_pk(**options: Any) -> Mapped[int]:

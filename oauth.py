@@ -116,7 +116,7 @@ class TokenRequest(OAuth2Request):
     def __init__(self, flask_request: Request, only_grant_type: str | None = None) -> None:
         # Authlib refuses plain http by this address; behind a proxy only the issuer tells the truth.
         super().__init__(flask_request.method, settings().issuer, headers=flask_request.headers)
-        for name in _NEVER_IN_QUERY:
+        for name in _NEVER_IN_QUERY if flask_request.query_string else ():
             if name in flask_request.args:
                 raise InvalidRequestError(f"Send {name} in the body, never in the URL.")
         parameters = _parameters(_pairs(flask_request))

@@ -12,6 +12,7 @@ import clock
 import events
 from config import DAY
 from kinds import Flag, PublicKeys, Text, Timestamp, Whole, audience, no_repeats, scope
+from models import is_live
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
@@ -122,7 +123,7 @@ class Agent(Schema):
     audiences = fields.List(fields.String())
     metadata = fields.Dict(attribute="metadata_")
     # An agent past its time is treated as deactivated, so that is what it looks like.
-    is_active = fields.Function(lambda agent: agent.is_live(clock.now()))
+    is_active = fields.Function(lambda agent: is_live(agent, clock.now()))
     token_ttl = fields.Integer()
     rate_limit = fields.Integer()
     token_endpoint_auth_method = fields.String()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import sqlite3
 from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
@@ -18,10 +19,10 @@ import clock
 import credentials
 import events
 import keys
-from clients import COLUMNS, AuthenticationFailed, Client, first_row
+from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
-from database import writing
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
+from prepared import Prepared, writing
 
 log = logging.getLogger("lanyard")
 
@@ -32,38 +33,42 @@ _LIVE_AGENT = sa.and_(
     Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.live(_NOW)
 )
 _ACTIVITY = {"last_activity_at": _NOW, "last_token_issued_at": _NOW}
-_COUNT_TOKEN = sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
-_COUNT_REFRESH = (
+_COUNT_TOKEN = Prepared(
+    sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
+)
+_COUNT_REFRESH = Prepared(
     sa.update(Agent).where(_LIVE_AGENT).values(refresh_count=Agent.refresh_count + 1, **_ACTIVITY)
 )
-_TOKEN_DAY = (
+_TOKEN_DAY = Prepared(
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=1, tokens_refreshed=0)
     .on_conflict_do_update(set_={"tokens_issued": UsageDay.tokens_issued + 1})
 )
-_REFRESH_DAY = (
+_REFRESH_DAY = Prepared(
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
     .on_conflict_do_update(set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
 )
-_USE_SECRET = sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
-_NEW_FAMILY = sa.insert(RefreshFamily)
-_BY_FAMILY = (
+_USE_SECRET = Prepared(
+    sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
+)
+_NEW_FAMILY = Prepared(sa.insert(RefreshFamily))
+_BY_FAMILY = Prepared(
     sa.select(
         *COLUMNS, *(column.label(f"family_{column.name}") for column in RefreshFamily.__table__.columns)
     )
     .join(Agent, Agent.pk == RefreshFamily.agent_pk)
     .where(RefreshFamily.id == bindparam("family"))
 )
-_NEXT_TOKEN = (
+_NEXT_TOKEN = Prepared(
     sa.update(RefreshFamily)
     .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash"))
     .values(
         {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
     )
 )
-_REVOKE = insert(RevokedToken).on_conflict_do_nothing()
-_END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
+_REVOKE = Prepared(insert(RevokedToken).on_conflict_do_nothing())
+_END_FAMILY = Prepared(sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family")))
 
 
 class TokenGenerator(JWTBearerTokenGenerator):
@@ -138,10 +143,10 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "token_version": client.row.token_version,
             "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
         }
-        connection.execute(_NEW_FAMILY, family)
+        _NEW_FAMILY.change(connection, **family)
         if client.secret_pk is not None:
-            connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
-        _record("token.issued", client, token)
+            _USE_SECRET.change(connection, secret=client.secret_pk, now=client.now)
+        _record(connection, "token.issued", client, token)
 
 
 def use_refresh_token(text: str) -> Client:
@@ -175,7 +180,7 @@ def find_by_refresh_token(text: str) -> Client | None:
     family_id = credentials.refresh_token_family(text)
     if family_id is None:
         return None
-    row = first_row(_BY_FAMILY, family=family_id)
+    row = _BY_FAMILY.first(family=family_id)
     return Client(row, clock.now()) if row and row.family_expires_at > clock.now() else None
 
 
@@ -193,14 +198,14 @@ def next_of_family(client: Client, token: dict[str, Any]) -> None:
     :raises InvalidGrantError: when the agent died, or the old token was used, since it was found.
     """
     old = client.row
-    with writing() as connection:
+    with writing(durable=True) as connection:
         values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
-        won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
+        won = _NEXT_TOKEN.change(connection, **values) == 1
         if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
             raise _no_good()
         if won:
-            _record("token.refreshed", client, token)
+            _record(connection, "token.refreshed", client, token)
     if not won:
         _end_reused(client)
 
@@ -216,12 +221,12 @@ def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.Insert) -> bool:
+def _count(connection: sqlite3.Connection, client: Client, count: Prepared, day: Prepared) -> bool:
     """Count a token; False when its agent is no longer the one that was authenticated."""
     values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
-    if connection.execute(count, values).rowcount != 1:
+    if count.change(connection, **values) != 1:
         return False
-    connection.execute(day, {"agent": client.row.pk, "day": client.now.date()})
+    day.change(connection, agent=client.row.pk, day=client.now.date())
     return True
 
 
@@ -233,18 +238,18 @@ def end_family(client: Client, event: str) -> bool:
 
     Returns whether it was still there.
     """
-    with writing() as connection:
-        ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
+    with writing(durable=True) as connection:
+        ended = _END_FAMILY.change(connection, family=client.family_id) == 1
         if ended:
             longest = clock.now() + timedelta(seconds=keys.LONGEST_TOKEN)
             revoke(connection, credentials.grant_id(client.family_id), longest)
-            events.record(event, client.row, token="refresh")
+            events.record(event, client.row, connection, token="refresh")
     return ended
 
 
-def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
+def revoke(connection: sqlite3.Connection, jti: str, expires_at: datetime) -> None:
     """Remember that a `jti`, or the part of one before its dot, is revoked, until `expires_at`."""
-    connection.execute(_REVOKE, {"id": jti, "expires_at": expires_at})
+    _REVOKE.change(connection, id=jti, expires_at=expires_at)
 
 
 def _end_reused(client: Client) -> NoReturn:
@@ -253,8 +258,8 @@ def _end_reused(client: Client) -> NoReturn:
     raise _no_good()
 
 
-def _record(event: str, client: Client, token: dict[str, Any]) -> None:
-    events.record(event, client.row, scope=token["scope"], audience=client.audiences)
+def _record(connection: sqlite3.Connection, event: str, client: Client, token: dict[str, Any]) -> None:
+    events.record(event, client.row, connection, scope=token["scope"], audience=client.audiences)
 
 
 def _no_good() -> InvalidGrantError:

@@ -79,7 +79,9 @@ def parse_authorization(header: str) -> Authorization | None:
 
 def is_text(value: object) -> bool:
     """Whether `value` is a string that UTF-8 can carry and C strings keep: no lone surrogates, no NUL."""
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -47,14 +47,13 @@ def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
 def synchronous_levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which level each write transaction commits with."""
     levels: list[str] = []
-    real = database._on_begin
+    real = database.begin_writing
 
-    def on_begin(connection: sa.Connection) -> None:
-        real(connection)
-        if level := connection.get_execution_options().get("write"):
-            levels.append(level)
+    def begin_writing(connection: Any, **options: Any) -> None:
+        real(connection, **options)
+        levels.append(connection.info["synchronous"])
 
-    monkeypatch.setattr(database, "_on_begin", on_begin)
+    monkeypatch.setattr(database, "begin_writing", begin_writing)
     return levels
 
 
