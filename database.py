@@ -98,14 +98,19 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
         db.engine.dispose()
 
 
-def begin_writing(connection: sa.PoolProxiedConnection, *, durable: bool, patient: bool = True) -> None:
-    """BEGIN IMMEDIATE on a connection of the engine's; see `writing`."""
-    execute: Any = connection.cursor().execute
+def begin_writing(
+    execute: Callable[[str], Any], info: dict[Any, Any], *, durable: bool, patient: bool = True
+) -> None:
+    """BEGIN IMMEDIATE; see `writing`.
+
+    :param execute: what runs SQL on a connection of the engine's.
+    :param info: the engine's notes on that connection.
+    """
     level = "FULL" if durable else "NORMAL"
     # SQLite lets `synchronous` change only outside a transaction.
-    if connection.info["synchronous"] != level:
+    if info["synchronous"] != level:
         execute(f"PRAGMA synchronous = {level}")
-        connection.info["synchronous"] = level
+        info["synchronous"] = level
     if patient:
         execute("BEGIN IMMEDIATE")
         return
@@ -158,4 +163,4 @@ def _on_begin(connection: sa.Connection) -> None:
     if options is None:
         connection.exec_driver_sql("BEGIN")
     else:
-        begin_writing(connection.connection, **options)
+        begin_writing(connection.exec_driver_sql, connection.info, **options)

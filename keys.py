@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -49,18 +48,25 @@ class Algorithms(JWSRegistry):
 SIGNING_ALGORITHMS = Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
 
 
+class HeldKey(NamedTuple):
+    """A key as a process has read and parsed it: parsing one costs more than a signature."""
+
+    key: Key
+    public: str  # the public half, as JSON
+    signs_from: datetime
+    gone_at: datetime | None
+
+
 @dataclass
 class Keyring:
-    """The keys as a process has read and parsed them: parsing one costs more than a signature."""
+    """The keys that a process holds, oldest first."""
 
-    rows: Sequence[sa.Row[Any]]
-    keys: list[Key]
+    held: list[HeldKey]
     newest: int
 
-    def alive(self, now: datetime) -> list[Key]:
-        """The keys that are not gone, oldest first."""
-        pairs = zip(self.rows, self.keys, strict=True)
-        return [key for row, key in pairs if row.gone_at is None or row.gone_at > now]
+    def alive(self, now: datetime) -> list[HeldKey]:
+        """The keys that are not gone."""
+        return [held for held in self.held if held.gone_at is None or held.gone_at > now]
 
 
 def ensure_signing_key(*, follow_setting: bool) -> None:
@@ -130,9 +136,9 @@ def signing_key(newest: int) -> Key:
     """
     now = clock.now()
     ring = _keyring(newest)
-    signing = [key for row, key in zip(ring.rows, ring.keys, strict=True) if row.signs_from <= now]
+    signing = [held.key for held in ring.held if held.signs_from <= now]
     # None signs yet when the clock was set back: then the oldest goes on.
-    return signing[-1] if signing else ring.keys[0]
+    return signing[-1] if signing else ring.held[0].key
 
 
 def find_key(signature: GuestProtocol) -> KeySet:
@@ -142,16 +148,16 @@ def find_key(signature: GuestProtocol) -> KeySet:
     """
     kid = signature.headers().get("kid")
     for ring in (_keyring, _read_keys):
-        found = [key for key in ring().alive(clock.now()) if key.kid == kid]
+        found = [held.key for held in ring().alive(clock.now()) if held.key.kid == kid]
         if found:
             return KeySet(found)
     raise InvalidKeyIdError("No key has this kid.")
 
 
-def public_jwks() -> dict[str, Any]:
-    """What `/.well-known/jwks.json` answers (RFC 7517 §5): the public halves of all that are not gone."""
+def published() -> tuple[str, ...]:
+    """The public halves of all keys that are not gone, as JSON."""
     ring = _keyring(_NEWEST_KEY.first().newest or 0)
-    return {"keys": [key.as_dict(private=False) for key in ring.alive(clock.now())]}
+    return tuple(held.public for held in ring.alive(clock.now()))
 
 
 def _newest_alg() -> str | None:
@@ -168,10 +174,14 @@ def _read_keys() -> Keyring:
     # Plain rows: objects of the session would not outlive it.
     rows = db.session.execute(sa.select(SigningKey.__table__).order_by(SigningKey.pk)).all()
     old: Keyring | None = current_app.extensions.get(_EXTENSION)
-    parsed = {key.kid: key for key in old.keys} if old else {}
-    keys = [parsed.get(row.kid) or _parse(row) for row in rows]
-    ring = current_app.extensions[_EXTENSION] = Keyring(rows, keys, max((row.pk for row in rows), default=0))
+    parsed = {held.key.kid: held.key for held in old.held} if old else {}
+    held = [_hold(row, parsed.get(row.kid) or _parse(row)) for row in rows]
+    ring = current_app.extensions[_EXTENSION] = Keyring(held, max((row.pk for row in rows), default=0))
     return ring
+
+
+def _hold(row: sa.Row[Any], key: Key) -> HeldKey:
+    return HeldKey(key, json.dumps(key.as_dict(private=False)), row.signs_from, row.gone_at)
 
 
 def _parse(row: sa.Row[Any]) -> Key:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, request
 
 import keys
 from bearer import ADMIN_SCOPE
@@ -32,19 +36,19 @@ class Metadata(AuthorizationServerMetadata):
 @blueprint.get("/.well-known/openid-configuration")
 def authorization_server() -> Response:
     """RFC 8414; many clients look for it only where OpenID Connect has it."""
-    return _cacheable(_metadata(settings()), MAX_AGE)
+    return _answer(_document(_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/oauth-protected-resource")
 def protected_resource() -> Response:
     """RFC 9728: who gives out the tokens that Lanyard's own API takes."""
-    return _cacheable(_resource_metadata(settings()), MAX_AGE)
+    return _answer(_document(_resource_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/jwks.json")
 def jwks() -> Response:
     """The public keys (RFC 7517 §5)."""
-    return _cacheable(keys.public_jwks(), keys.JWKS_MAX_AGE)
+    return _answer(_document(_key_set, keys.published()), keys.JWKS_MAX_AGE)
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -91,9 +95,22 @@ def _resource_metadata(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _cacheable(document: dict[str, Any], max_age: int) -> Response:
-    response = jsonify(document)
+def _key_set(published: tuple[str, ...]) -> dict[str, Any]:
+    return {"keys": [json.loads(key) for key in published]}
+
+
+@lru_cache(maxsize=16)
+def _document(make: Callable[[Any], dict[str, Any]], of: Hashable) -> tuple[bytes, str]:
+    """The document and its ETag, made once for what it tells of."""
+    body = json.dumps(make(of)).encode() + b"\n"
+    return body, sha256(body).hexdigest()[:32]
+
+
+def _answer(document: tuple[bytes, str], max_age: int) -> Response:
+    body, etag = document
+    response = Response(body, mimetype="application/json")
     response.headers["Cache-Control"] = f"public, max-age={max_age}"
-    response.add_etag()
-    response.make_conditional(request)
+    response.set_etag(etag)
+    if request.if_none_match:
+        response.make_conditional(request)
     return response

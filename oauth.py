@@ -128,7 +128,8 @@ class TokenRequest(OAuth2Request):
     @property
     def form(self) -> dict[str, Any]:
         """What Authlib's classes read parameters from."""
-        return dict(self.payload.data)
+        parameters: dict[str, Any] = self.payload.data
+        return parameters
 
 
 class Server(AuthorizationServer):

@@ -100,7 +100,7 @@ def writing(*, durable: bool) -> Iterator[sqlite3.Connection]:
     """
     kept = _kept_connection()
     connection: sqlite3.Connection = kept.dbapi_connection
-    database.begin_writing(kept, durable=durable)
+    database.begin_writing(connection.execute, kept.info, durable=durable)
     try:
         yield connection
         connection.execute("COMMIT")

@@ -144,7 +144,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
         }
         _NEW_FAMILY.change(connection, **family)
-        if client.secret_pk is not None:
+        if client.secret_pk is not None and client.row.last_used_at != client.now:
             _USE_SECRET.change(connection, secret=client.secret_pk, now=client.now)
         _record(connection, "token.issued", client, token)
 

@@ -49,9 +49,9 @@ def synchronous_levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     levels: list[str] = []
     real = database.begin_writing
 
-    def begin_writing(connection: Any, **options: Any) -> None:
-        real(connection, **options)
-        levels.append(connection.info["synchronous"])
+    def begin_writing(execute: Any, info: dict[str, str], **options: Any) -> None:
+        real(execute, info, **options)
+        levels.append(info["synchronous"])
 
     monkeypatch.setattr(database, "begin_writing", begin_writing)
     return levels
