@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -46,22 +47,27 @@ class Claims(JWTAccessTokenClaims):
 class AccessTokenValidator(JWTBearerTokenValidator):
     """Checks a token as RFC 9068 §4 says, then that its agent still stands behind it."""
 
+    def __init__(self, issuer: str, resource_server: str | None) -> None:
+        super().__init__(issuer, resource_server)
+        # An agent shows the same token for an hour: a good signature stays good, and a bad one is
+        # never remembered. All that can change about a token is looked up each time, in validate_token.
+        self._decode = lru_cache(maxsize=2048)(_decode)
+        needed: Any = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
+        needed["iss"] = {"essential": True, "value": issuer}
+        needed["aud"] = {"essential": True, "value": resource_server}
+        self._needed = needed
+
     def authenticate_token(self, token_string: str) -> JWTAccessTokenClaims:
         """The claims of a token with a good signature.
-
-        The key is ours by its `kid`; a `jwk` or `jku` in the header is never used (RFC 8725 §3.10).
 
         :raises InvalidTokenError: whatever is wrong with it.
         """
         try:
-            token = jwt.decode(token_string, keys.find_key, registry=keys.SIGNING_ALGORITHMS)
+            token = self._decode(token_string)
         except (JoseError, ValueError, TypeError):
             # joserfc lets the latter two through for headers that no signer would write.
             raise InvalidTokenError() from None
-        required = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
-        issuer = {"essential": True, "value": self.issuer}
-        audience = {"essential": True, "value": self.resource_server}
-        return Claims(token.claims, token.header, {**required, "iss": issuer, "aud": audience})
+        return Claims(token.claims, token.header, self._needed)
 
     def validate_token(
         self, token: JWTAccessTokenClaims, scopes: list[str] | None, request: Any, **kwargs: Any
@@ -85,6 +91,13 @@ class AccessTokenValidator(JWTBearerTokenValidator):
 
 
 _COLUMNS = [column.label(name) for name, column in sa.inspect(Agent).columns.items()]
+
+
+def _decode(token_string: str) -> jwt.Token:
+    # The key is ours by its `kid`; a `jwk` or `jku` in the header is never used (RFC 8725 §3.10).
+    return jwt.decode(token_string, keys.find_key, registry=keys.SIGNING_ALGORITHMS)
+
+
 # The agent of a token, unless the token, its grant, its version or its key has been ended since.
 _STANDING_AGENT = Prepared(
     sa.select(*_COLUMNS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -134,11 +135,15 @@ class Client(ClientMixin):
 
     @property
     def held_audiences(self) -> list[str]:
-        """The same for audiences; the server's own is everyone's."""
-        allowed = {*self.row.audiences, settings().audience}
-        return [audience for audience in self.row.family_audiences if audience in allowed]
+        """The same for audiences."""
+        return [audience for audience in self.row.family_audiences if audience in self.allowed_audiences]
 
     @property
+    def allowed_audiences(self) -> set[str]:
+        """The agent's audiences, and the server's own, which is everyone's."""
+        return {*self.row.audiences, settings().audience}
+
+    @cached_property
     def token_lifetime(self) -> int:
         """Seconds an access token issued now lives; none outlives its agent."""
         return self.seconds_left(self.row.token_ttl or settings().access_token_ttl)

@@ -18,8 +18,7 @@ except SettingError as error:
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers
-# Threads hold a few slow and any number of idle clients; a `sync` worker holds one.
-worker_class = "gthread"
+worker_class = "worker.Worker"
 threads = settings.threads
 # The app is built once, before the workers: they share its memory, and start at once.
 preload_app = True

@@ -46,13 +46,13 @@ blueprint = Blueprint("oauth", __name__, description="Tokens")
 @blueprint.post("/oauth/token")
 def token() -> Response:
     """Trade client credentials or a refresh token for an access token."""
-    return _answer(TokenRequest(request))
+    return _answer(TokenRequest())
 
 
 @blueprint.post("/oauth/refresh")
 def refresh() -> Response:
     """`/oauth/token` for refresh tokens only; `grant_type` may be left out."""
-    return _answer(TokenRequest(request, only_grant_type="refresh_token"))
+    return _answer(TokenRequest(only_grant_type="refresh_token"))
 
 
 @blueprint.post("/oauth/introspect")
@@ -92,7 +92,7 @@ def _answer(token_request: TokenRequest) -> Response:
 
 def _answer_at(endpoint: str) -> Response:
     server: Server = current_app.extensions[_EXTENSION]
-    response: Response = server.create_endpoint_response(endpoint, TokenRequest(request))
+    response: Response = server.create_endpoint_response(endpoint, TokenRequest())
     return response
 
 
@@ -113,7 +113,9 @@ class InvalidTargetError(OAuth2Error):
 class TokenRequest(OAuth2Request):
     """The parameters of a request: JSON or form body alike, and never the query string."""
 
-    def __init__(self, flask_request: Request, only_grant_type: str | None = None) -> None:
+    def __init__(self, only_grant_type: str | None = None) -> None:
+        # Not the proxy: it looks the request up at every use.
+        flask_request: Request = request._get_current_object()  # type: ignore[attr-defined]
         # Authlib refuses plain http by this address; behind a proxy only the issuer tells the truth.
         super().__init__(flask_request.method, settings().issuer, headers=flask_request.headers)
         for name in _NEVER_IN_QUERY if flask_request.query_string else ():
@@ -185,10 +187,10 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     def validate_token_request(self) -> None:
         """Authlib's checks, and RFC 8707's."""
         super().validate_token_request()
-        wanted = _resources(self.request)
-        if not set(wanted) <= {*self.client.row.audiences, settings().audience}:
+        wanted = _resources(self.request) or [settings().audience]
+        if not set(wanted) <= self.client.allowed_audiences:
             raise InvalidTargetError()
-        self.client.audiences = wanted or [settings().audience]
+        self.client.audiences = wanted
 
     def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
         """Issue and keep the tokens. Authlib's own would write them to its debug log."""
@@ -242,8 +244,11 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
 
 def _resources(request: OAuth2Request) -> list[str]:
     """The audiences asked for; the issuer, which RFC 9728 calls this server, stands for its audience."""
+    named = request.form.get("resource")
+    if not named:
+        return []
     own = {settings().issuer: settings().audience}
-    return list(dict.fromkeys(own.get(name, name) for name in request.form.get("resource", [])))
+    return list(dict.fromkeys(own.get(name, name) for name in named))
 
 
 def _pairs(flask_request: Request) -> list[tuple[str, Any]]:

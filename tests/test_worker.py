@@ -1,0 +1,192 @@
+"""The worker's waiting room: slow, idle and broken clients stop nobody."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import Server
+
+from worker import MAX_BODY, Arrival, Refused
+
+TOKEN = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two workers of one thread each: two clients would be enough to stop a server without a waiting room."""
+    running = Server(tmp_path_factory.mktemp("worker"), WORKERS="2", THREADS="1", BCRYPT_COST="4", LOCAL="1")
+    yield running.wait()
+    running.stop()
+
+
+def connect(server: Server, sent: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection.sendall(sent)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while data := connection.recv(65536):
+        found += data
+    return found
+
+
+def answer(server: Server, sent: bytes) -> bytes:
+    with connect(server, sent) as connection:
+        return read_all(connection)
+
+
+def slowest_of(server: Server, count: int) -> float:
+    """The longest of some requests beside whatever else goes on."""
+    times = []
+    for _ in range(count):
+        started = time.monotonic()
+        assert requests.get(f"{server.url}/health", timeout=5).status_code == 200
+        times.append(time.monotonic() - started)
+    return max(times)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"POST /oauth/tok", id="half-a-request-line"),
+        pytest.param(b"\r\n\r\n", id="empty-lines"),
+        pytest.param(TOKEN, id="half-a-head"),
+        pytest.param(TOKEN + b'Content-Length: 100\r\n\r\n{"grant', id="half-a-body"),
+        pytest.param(
+            TOKEN + b"Content-Length: 100\r\nExpect: 100-continue\r\n\r\n", id="no-body-at-go-ahead"
+        ),
+        pytest.param(CHUNKED + b"5\r\nab", id="half-a-chunk"),
+        pytest.param(CHUNKED + b"5\r\nabcde\r\n", id="no-last-chunk"),
+        pytest.param(CHUNKED + b"0\r\nTrailer: x\r\n", id="no-end-of-trailers"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal", id="half-a-second-one"),
+        pytest.param(TOKEN + b"Content-Length: 1000000\r\n\r\nx", id="the-start-of-too-large-a-body"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", id="never-closing"),
+    ],
+)
+def test_clients_that_stall_do_not_stop_the_others(server: Server, sent: bytes) -> None:
+    with ExitStack() as open_connections:
+        for _ in range(40):
+            open_connections.enter_context(connect(server, sent))
+        assert slowest_of(server, 20) < 1
+
+
+def test_200_idle_connections_do_not_stop_the_others(server: Server) -> None:
+    with ExitStack() as open_connections:
+        for _ in range(200):
+            connection = open_connections.enter_context(connect(server))
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert slowest_of(server, 20) < 1
+
+
+def test_a_request_that_trickles_in_is_answered(server: Server) -> None:
+    body = b'{"grant_type": "client_credentials"}'
+    request = TOKEN + b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with connect(server) as connection:
+        for byte in request:
+            connection.send(bytes([byte]))
+        assert b"invalid_client" in read_all(connection)
+
+
+def test_a_chunked_request_that_trickles_in_is_answered(server: Server) -> None:
+    request = CHUNKED.replace(b"Transfer", b"Connection: close\r\nTransfer")
+    with connect(server) as connection:
+        for piece in (request, b"1", b"\r\n{\r", b"\n1\r\n}\r\n", b"0\r", b"\nX-Sum: 1\r\n\r", b"\n"):
+            connection.send(piece)
+            time.sleep(0.02)
+        assert b"Send grant_type" in read_all(connection)
+
+
+def test_requests_sent_behind_each_other_are_answered_in_turn(server: Server) -> None:
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert answer(server, one + one + last).count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_a_client_that_asks_for_a_go_ahead_gets_one(server: Server) -> None:
+    body = b'{"grant_type": "client_credentials"}'
+    head = TOKEN + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with connect(server, head) as connection:
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        found = read_all(connection)
+    assert found.startswith(b"HTTP/1.1 401")
+    assert b"100 Continue" not in found
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        pytest.param(b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n", 414, id="address"),
+        pytest.param(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431, id="many-headers"),
+        pytest.param(b"GET / HTTP/1.1\r\nA: " + b"b" * 30_000 + b"\r\n\r\n", 431, id="a-long-header"),
+        pytest.param(b"GET / HTTP/1.1\r\nA: " + b"b" * 70_000, 431, id="an-endless-head"),
+        pytest.param(TOKEN + b"Content-Length: 65537\r\n\r\n", 413, id="a-large-body"),
+        pytest.param(CHUNKED + b"FFFFF\r\n", 413, id="a-large-chunk"),
+        pytest.param(CHUNKED + b"1\r\na\r\n" * 30_000, 413, id="many-small-chunks"),
+        pytest.param(TOKEN + b"Transfer-Encoding: x\r\n\r\nx\r\n", 501, id="another-coding"),
+        pytest.param(TOKEN + b"Expect: a-miracle\r\nContent-Length: 0\r\n\r\n", 417, id="a-miracle"),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, id="tls"),
+        pytest.param(b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400, id="bad-header"),
+    ],
+)
+def test_what_is_no_request_gets_the_one_error_shape(server: Server, sent: bytes, status: int) -> None:
+    head, _, body = answer(server, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"Content-Type: application/json" in head
+    assert body.startswith(b'{"error": "')
+
+
+def test_a_request_that_never_ends_is_given_up(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUNICORN_CMD_ARGS", "--pythonpath=tests")
+    running = serve("--worker-class=impatient.Worker").wait()
+    with connect(running, TOKEN) as connection:
+        assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+    with connect(running) as connection:
+        assert read_all(connection) == b""
+
+
+def test_idle_connections_do_not_hold_up_a_stop(serve: Callable[..., Server], tmp_path: Path) -> None:
+    running = serve().wait()
+    with ExitStack() as open_connections:
+        for sent in (b"", b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            open_connections.enter_context(connect(running, sent))
+        time.sleep(0.2)
+        started = time.monotonic()
+        running.stop()
+        assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_an_arrival_is_whole_at_its_last_byte_and_not_before(size: int) -> None:
+    for request in (
+        TOKEN + b"Content-Length: 10\r\n\r\n0123456789",
+        CHUNKED + b"a\r\n0123456789\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    ):
+        arrival = Arrival()
+        pieces = [request[at : at + size] for at in range(0, len(request), size)]
+        assert [arrival.add(piece) for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert arrival.take() == request
+
+
+def test_small_chunks_are_read_through_once() -> None:
+    arrival = Arrival()
+    arrival.add(CHUNKED)
+    started = time.process_time()
+    with pytest.raises(Refused):
+        for _ in range(MAX_BODY):
+            arrival.add(b"1\r\na\r\n")
+    assert time.process_time() - started < 2

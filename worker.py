@@ -1,0 +1,299 @@
+"""gunicorn's threaded worker with a waiting room: a request gets a thread once it has arrived whole."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import re
+import selectors
+import socket
+import struct
+import time
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from gunicorn.http import errors
+from gunicorn.workers.gthread import TConn, ThreadWorker
+
+from wire import MAX_BODY
+
+MAX_HEAD = 64 * 1024  # bytes
+ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
+LINGER = 2  # seconds for a client to read its answer before the connection goes
+MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
+STALL = 10  # seconds a thread waits for a client that does not read, or sends less than it said
+
+_LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_CHUNKED = re.compile(rb"^transfer-encoding:", re.IGNORECASE | re.MULTILINE)
+_EXPECT = re.compile(rb"^expect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?")
+
+_REFUSALS = {
+    400: ("invalid_request", "This is not a request that HTTP/1.1 knows."),
+    408: ("invalid_request", "The request took too long to arrive."),
+    413: ("payload_too_large", f"A body may hold at most {MAX_BODY} bytes."),
+    414: ("invalid_request", "The address is too long."),
+    417: ("invalid_request", "The only expectation known here is 100-continue."),
+    431: ("invalid_request", "The headers are too long."),
+    500: ("server_error", "Lanyard failed to answer. Its log says why."),
+    501: ("invalid_request", "Send the body with a Content-Length, or in chunks."),
+}
+_STATUS_OF = {
+    errors.LimitRequestLine: 414,
+    errors.LimitRequestHeaders: 431,
+    errors.ExpectationFailed: 417,
+    errors.UnsupportedTransferCoding: 501,
+}
+
+
+class Refused(Exception):
+    """A request that is answered before it has arrived whole, by the status given."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+class Arrival:
+    """The bytes of a request as they come in, and whether they are all there (RFC 9112 §6)."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.is_waiting_for_go_ahead = False
+        self._had_go_ahead = False
+        self._body_at: int | None = None
+        # Where the body ends; with chunks, where the next one is told of.
+        self._end = 0
+        self._chunked = False
+
+    def add(self, data: bytes) -> bool:
+        """Take in more bytes; returns whether the request is whole.
+
+        What cannot be made out counts as whole: the parser says what is wrong with it.
+
+        :raises Refused: when it is longer than a request may be.
+        """
+        self.data += data
+        if self._body_at is None and not self._find_body():
+            return False
+        if self._chunked:
+            return self._skip_chunks()
+        return len(self.data) >= self._end
+
+    def _find_body(self) -> bool:
+        # RFC 9112 §2.2: empty lines before a request are passed over.
+        self.data = self.data.lstrip(b"\r\n")
+        at = self.data.find(b"\r\n\r\n")
+        if max(at, 0) > MAX_HEAD or (at < 0 and len(self.data) > MAX_HEAD):
+            raise Refused(431)
+        if at < 0:
+            return False
+        self._body_at = self._end = at + 4
+        head = bytes(self.data[: at + 2])
+        self._chunked = _CHUNKED.search(head) is not None
+        length = _LENGTH.search(head)
+        if length and not self._chunked:
+            if int(length[1]) > MAX_BODY:
+                raise Refused(413)
+            self._end += int(length[1])
+        self.is_waiting_for_go_ahead = _EXPECT.search(head) is not None
+        return True
+
+    def _skip_chunks(self) -> bool:
+        while (line_end := self.data.find(b"\r\n", self._end)) >= 0:
+            size = _CHUNK_SIZE.fullmatch(self.data, self._end, line_end)
+            if size is None:
+                return True
+            if int(size[1], 16) == 0:
+                # Trailers may follow; an empty line ends them.
+                return self.data.find(b"\r\n\r\n", line_end) >= 0 or self._too_long()
+            self._end = line_end + 2 + int(size[1], 16) + 2
+            if self._end > len(self.data):
+                break
+        return self._too_long()
+
+    def _too_long(self) -> bool:
+        # Twice, for chunks as small as they get are mostly framing.
+        if max(self._end, len(self.data)) - (self._body_at or 0) > 2 * MAX_BODY:
+            raise Refused(413)
+        return False
+
+    def go_ahead(self) -> bytes:
+        """What to send to a client that waits for it before it sends its body (RFC 9110 §10.1.1)."""
+        self.is_waiting_for_go_ahead, self._had_go_ahead = False, True
+        return b"HTTP/1.1 100 Continue\r\n\r\n"
+
+    def take(self) -> bytes:
+        """The bytes, for the parser, which is not to give a go-ahead of its own."""
+        return _EXPECT.sub(b"", bytes(self.data), count=1) if self._had_go_ahead else bytes(self.data)
+
+
+class Connection(TConn):
+    """A client's connection, which waits in the worker's poller for a request or for its end."""
+
+    def __init__(self, worker: Worker, sock: socket.socket, client: Any) -> None:
+        super().__init__(worker.cfg, sock, client, sock.getsockname())
+        self.worker = worker
+        self.arrival = Arrival()
+        self.deadline: float | None = None  # while it waits
+        self.is_leaving = False
+        # For the rest: a body that its chunks misdescribe, a client that does not read its answer.
+        stall = struct.pack("ll", STALL, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
+
+    def close(self, graceful: bool = False) -> None:
+        """Close; gracefully without gunicorn's two seconds of everybody's time, in the poller."""
+        if graceful:
+            self.worker.see_off(self)
+        else:
+            super().close()
+
+
+class Worker(ThreadWorker):
+    """Slow, idle and silent clients cost a place in the poller, and no thread."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadlines: list[tuple[float, int, Connection]] = []
+        self._counter = itertools.count()
+
+    def accept(self, listener: socket.socket) -> None:
+        """gunicorn's, with a Connection of ours."""
+        try:
+            sock, client = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        self.nr_conns += 1
+        self.enqueue_req(Connection(self, sock, client))
+
+    def enqueue_req(self, conn: Connection) -> None:
+        """The one way to a thread: taken when the request is whole, else the connection waits for more."""
+        try:
+            if conn.parser:
+                # What came behind the last request on this connection.
+                conn.arrival.add(conn.parser.unreader.take_buffered())
+            self._receive(conn)
+        except Refused as refusal:
+            self._refuse(conn, refusal.status)
+        except OSError:
+            self._drop(conn)
+
+    def _receive(self, conn: Connection) -> None:
+        conn.sock.setblocking(False)
+        arrival = conn.arrival
+        try:
+            data = conn.sock.recv(MAX_BODY)
+        except BlockingIOError:
+            whole = bool(arrival.data) and arrival.add(b"")
+        else:
+            if not data and not arrival.data:
+                self._drop(conn)
+                return
+            # Nothing more comes: the parser knows what to say to what there is.
+            whole = arrival.add(data) or not data
+        if whole:
+            conn.init()
+            conn.parser.unreader.unread(arrival.take())
+            conn.arrival, conn.deadline = Arrival(), None
+            super().enqueue_req(conn)
+            return
+        if arrival.is_waiting_for_go_ahead:
+            conn.sock.send(arrival.go_ahead())
+        self._wait(conn, ARRIVAL if conn.deadline is None else None)
+
+    def _wait(self, conn: Connection, seconds: float | None) -> None:
+        """Let it wait in the poller; `seconds` sets its deadline, None leaves the one it has."""
+        if seconds is not None:
+            conn.deadline = time.monotonic() + seconds
+            heapq.heappush(self._deadlines, (conn.deadline, next(self._counter), conn))
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._on_readable, conn))
+
+    def _on_readable(self, conn: Connection, sock: socket.socket) -> None:
+        self.poller.unregister(sock)
+        if conn.is_leaving:
+            self._drain(conn)
+        else:
+            self.enqueue_req(conn)
+
+    def murder_pending(self) -> None:
+        """End the waits that have lasted too long; all of them that nothing came of when the worker stops."""
+        now = time.monotonic()
+        if not self.alive:
+            self._deadlines = [entry for entry in self._deadlines if not self._end_idle(*entry)]
+            heapq.heapify(self._deadlines)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, _, conn = heapq.heappop(self._deadlines)
+            if conn.deadline == deadline:
+                self._give_up(conn)
+
+    def _end_idle(self, deadline: float, _: int, conn: Connection) -> bool:
+        idle = conn.deadline == deadline and not conn.arrival.data
+        if idle:
+            self._give_up(conn)
+        return idle
+
+    def _give_up(self, conn: Connection) -> None:
+        self.poller.unregister(conn.sock)
+        if conn.arrival.data and not conn.is_leaving:
+            self._refuse(conn, 408)
+        else:
+            self._drop(conn)
+
+    def _refuse(self, conn: Connection, status: int) -> None:
+        _answer(conn.sock, status)
+        self.nr_conns -= 1
+        self.see_off(conn)
+
+    def _drop(self, conn: Connection) -> None:
+        if not conn.is_leaving:
+            self.nr_conns -= 1
+        conn.deadline = None
+        conn.close()
+
+    def see_off(self, conn: Connection) -> None:
+        """Half-close, and close when the client has: it may still be reading (RFC 9112 §9.6)."""
+        conn.is_leaving = True
+        if len(self._deadlines) > MOST_LEAVING:
+            self._drop(conn)
+            return
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+            self._wait(conn, LINGER)
+        except (OSError, ValueError):
+            self._drop(conn)
+
+    def _drain(self, conn: Connection) -> None:
+        try:
+            if conn.sock.recv(MAX_BODY):
+                self._wait(conn, None)
+                return
+        except BlockingIOError:
+            self._wait(conn, None)
+            return
+        except OSError:
+            pass
+        self._drop(conn)
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
+        """What gunicorn's parser refuses, in the one error shape."""
+        status = next((code for kind, code in _STATUS_OF.items() if isinstance(exc, kind)), None)
+        if status is None and not isinstance(exc, errors.ParseException):
+            self.log.exception("Error handling a request")
+        _answer(client, status or (400 if isinstance(exc, errors.ParseException) else 500))
+
+
+def _answer(sock: socket.socket, status: int) -> None:
+    error, description = _REFUSALS[status]
+    body = json.dumps({"error": error, "error_description": description}).encode()
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\nCache-Control: no-store\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    try:
+        sock.setblocking(False)
+        sock.send(head.encode() + body)
+    except OSError:
+        pass  # a client that is gone misses nothing
