@@ -22,11 +22,12 @@ from sqlalchemy.dialects.sqlite import insert
 import clock
 import credentials
 import events
+import throttle
 from config import settings
 from keys import NEWEST_KEY, Algorithms
 from models import Agent, ClientSecret, Moment, SpentAssertion, is_live
 from prepared import Prepared, writing
-from wire import is_text, parse_authorization
+from wire import Problem, is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 # RFC 7515 §4: header members that are not understood are ignored.
@@ -46,6 +47,7 @@ COLUMNS = (
     Agent.expires_at,
     Agent.token_version,
     Agent.token_ttl,
+    Agent.rate_limit,
     NEWEST_KEY.label("newest_key"),
 )
 _NOW: Any = bindparam("now", type_=Moment)
@@ -164,7 +166,7 @@ def authenticate(request: OAuth2Request) -> Client:
     """
     try:
         client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
-    except AuthenticationFailed:
+    except (AuthenticationFailed, Problem):
         events.record_failure(_named_client(request))
         raise
     if not client.is_live:
@@ -203,20 +205,42 @@ def _by_secret(request: OAuth2Request) -> Client:
 
 def _prove_secret(client_id: str, secret: str) -> Client:
     now = clock.now()
+    # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
-    if hint is None:
-        raise AuthenticationFailed()
-    row = _BY_SECRET.first(client_id=client_id, hint=hint, now=now)
-    if not credentials.checker().check(secret, row.hash if row else None) or row is None:
-        raise AuthenticationFailed()
+    row = _BY_SECRET.first(client_id=client_id, hint=hint, now=now) if hint else None
+    stored = row.hash if row else None
+    if not credentials.checker().remembers(secret, stored):
+        _check_secret(client_id, secret, hint, stored)
     return Client(row, now)
+
+
+def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None) -> None:
+    """The costly way, for a secret that this process has not seen right before."""
+    named = client_id if credentials.is_client_id(client_id) else "-"
+    guess = throttle.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
+    guess.refuse_if_throttled()
+    try:
+        # A malformed secret is not worth a hash, whoever the client is.
+        if hint is not None and credentials.checker().check(secret, stored):
+            return
+    except credentials.Busy:
+        throttle.refuse(1)
+    guess.failed()
+    raise AuthenticationFailed()
 
 
 def _by_assertion(request: OAuth2Request) -> Client:
     form = request.form
     if "client_secret" in form or _basic_credentials(request.headers):
         raise InvalidRequestError("Send the client credentials one way: a secret or an assertion.")
-    client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
+    try:
+        client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
+    except AuthenticationFailed:
+        # Nobody guesses a signature, so a right one is never refused: only what fails is counted.
+        guess = throttle.Guess("assertion", known=False)
+        guess.refuse_if_throttled()
+        guess.failed()
+        raise
     if client is None:
         raise InvalidRequestError(f"Send client_assertion_type as {ASSERTION_TYPE}.")
     # RFC 7521 §4.2: a client_id is unnecessary, and must be the assertion's subject.

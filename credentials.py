@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import threading
 import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from string import ascii_letters, digits
 from typing import NamedTuple
 
@@ -118,8 +121,17 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(digest(one), digest(other))
 
 
+def _yield_to_others() -> None:
+    with suppress(OSError):  # only Linux has priorities for threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 def _checksum(body: str) -> str:
     return urlsafe_b64encode(zlib.crc32(body.encode()).to_bytes(4, "big")).decode().rstrip("=")
+
+
+class Busy(Exception):
+    """Too many secrets wait to be checked for one that cannot be right to wait too."""
 
 
 class SecretChecker:
@@ -137,6 +149,10 @@ class SecretChecker:
         self._key = secrets.token_bytes(32)
         self._verified: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        # One hash at a time, in a thread that yields to all others: bcrypt takes tens of milliseconds
+        # of a core, which most requests need none of.
+        self._thread = ThreadPoolExecutor(1, "bcrypt", initializer=_yield_to_others)
         # A hash nothing matches, checked for unknown clients so that they cost what known ones do.
         self._decoy = bcrypt.gensalt(cost) + b"." * 31
 
@@ -145,22 +161,34 @@ class SecretChecker:
         hint = secrets.token_urlsafe(6)
         body = f"cs_{hint}{secrets.token_urlsafe(32)}"
         text = body + _checksum(body)
-        return NewSecret(text, hint, bcrypt.hashpw(text.encode(), bcrypt.gensalt(self._cost)))
+        salt = bcrypt.gensalt(self._cost)
+        return NewSecret(text, hint, self._thread.submit(bcrypt.hashpw, text.encode(), salt).result())
 
-    def check(self, secret: str, stored: bytes | None) -> bool:
-        """Whether `secret` is the one hashed as `stored`; None (no such row) takes as long as a wrong one."""
+    def remembers(self, secret: str, stored: bytes | None) -> bool:
+        """Whether `secret` matched the hash `stored` before, in this process."""
         if stored is None:
-            bcrypt.checkpw(secret.encode(), self._decoy)
             return False
-        keyed = hashlib.blake2b(secret.encode(), key=self._key, digest_size=32).digest()
         with self._lock:
             known = self._verified.get(stored)
-        if known is not None and hmac.compare_digest(known, keyed):
-            return True
-        if not bcrypt.checkpw(secret.encode(), stored):
-            return False
-        self._remember(stored, keyed)
-        return True
+        return known is not None and hmac.compare_digest(known, self._keyed(secret))
+
+    def check(self, secret: str, stored: bytes | None) -> bool:
+        """Whether `secret` is the one hashed as `stored`; None (no such row) takes as long as a wrong one.
+
+        :raises Busy: when there is no such row, and others wait: this one cannot be right.
+        """
+        if not self._turn.acquire(blocking=stored is not None):
+            raise Busy
+        try:
+            matches = self._thread.submit(bcrypt.checkpw, secret.encode(), stored or self._decoy).result()
+        finally:
+            self._turn.release()
+        if matches and stored is not None:
+            self._remember(stored, self._keyed(secret))
+        return matches and stored is not None
+
+    def _keyed(self, secret: str) -> bytes:
+        return hashlib.blake2b(secret.encode(), key=self._key, digest_size=32).digest()
 
     def _remember(self, stored: bytes, keyed: bytes) -> None:
         with self._lock:

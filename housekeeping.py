@@ -26,6 +26,7 @@ _EXPIRING = {
     "refresh_families": ("expires_at", timedelta(0)),
     # A day more, for a clock that was ahead for a while: what is spent must not come back.
     "spent_assertions": ("expires_at", timedelta(days=1)),
+    "failed_sign_ins": ("clear_at", timedelta(0)),
     "revoked_tokens": ("expires_at", timedelta(days=1)),
     "client_secrets": ("expires_at", timedelta(0)),
     "signing_keys": ("gone_at", timedelta(0)),

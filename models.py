@@ -91,6 +91,9 @@ class Agent(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
+    # The minute that `rate_limit` counts in, and how many tokens were given in it.
+    minute_began_at: Mapped[datetime | None]
+    minute_count: Mapped[int] = mapped_column(default=0)
     token_count: Mapped[int] = mapped_column(default=0)
     refresh_count: Mapped[int] = mapped_column(default=0)
     last_activity_at: Mapped[datetime | None]
@@ -189,6 +192,16 @@ class SpentAssertion(Base):
     agent_pk: Mapped[int] = _agent_pk(primary_key=True)
     jti_hash: Mapped[bytes] = mapped_column(primary_key=True)
     expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class FailedSignIns(Base):
+    """How long the failed sign-ins from an address are remembered, as one moment (a leaky bucket)."""
+
+    __tablename__ = "failed_sign_ins"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    key: Mapped[str] = mapped_column(sa.String(128), primary_key=True)
+    clear_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class Event(Base):

@@ -29,7 +29,7 @@ _DIALECT = sqlite_dialect(paramstyle="named")
 class Prepared:
     """A Core statement, compiled at its first use. Its parameters are its `bindparam`s, by name."""
 
-    def __init__(self, statement: sa.Select[Any] | sa.UpdateBase) -> None:
+    def __init__(self, statement: Any) -> None:
         self._statement = statement
 
     def first(self, **values: Any) -> Any:

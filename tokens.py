@@ -23,10 +23,12 @@ from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
 from prepared import Prepared, writing
+from wire import Problem
 
 log = logging.getLogger("lanyard")
 
 FAMILY_TTL = 30 * DAY
+MINUTE = 60  # seconds
 
 _NOW: Any = bindparam("now", type_=Moment)
 _LIVE_AGENT = sa.and_(
@@ -48,6 +50,23 @@ _REFRESH_DAY = Prepared(
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
     .on_conflict_do_update(set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
+)
+_MINUTE_IS_OVER = sa.or_(
+    Agent.minute_began_at.is_(None),
+    Agent.minute_began_at <= bindparam("minute_ago", type_=Moment),
+    Agent.minute_began_at > _NOW,  # before the clock was set back
+)
+_HAS_ROOM = sa.or_(_MINUTE_IS_OVER, Agent.minute_count < Agent.rate_limit)
+_SEE_ROOM = Prepared(
+    sa.select(_HAS_ROOM.label("has_room"), Agent.minute_began_at).where(Agent.pk == bindparam("agent"))
+)
+_TAKE_ROOM = Prepared(
+    sa.update(Agent)
+    .where(Agent.pk == bindparam("agent"), _HAS_ROOM)
+    .values(
+        minute_began_at=sa.case((_MINUTE_IS_OVER, _NOW), else_=Agent.minute_began_at),
+        minute_count=sa.case((_MINUTE_IS_OVER, 1), else_=Agent.minute_count + 1),
+    )
 )
 _USE_SECRET = Prepared(
     sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
@@ -106,9 +125,13 @@ class TokenGenerator(JWTBearerTokenGenerator):
         header = {"alg": key.alg, "typ": "at+jwt", "kid": key.kid}
         return jwt.encode(header, claims, key, registry=keys.SIGNING_ALGORITHMS, default_type=None)
 
-    def generate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Authlib's answer, in the contract's order and with `scope` even when the agent has none."""
-        token = super().generate(*args, **kwargs)
+    def generate(self, grant_type: str, client: Client, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Authlib's answer, in the contract's order and with `scope` even when the agent has none.
+
+        :raises Problem: 429, when the agent has had its tokens for this minute.
+        """
+        _see_room(client)
+        token = super().generate(grant_type, client, *args, **kwargs)
         names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
         return {name: token.get(name, "") for name in names}
 
@@ -227,7 +250,32 @@ def _count(connection: sqlite3.Connection, client: Client, count: Prepared, day:
     if count.change(connection, **values) != 1:
         return False
     day.change(connection, agent=client.row.pk, day=client.now.date())
+    if client.row.rate_limit is not None and _TAKE_ROOM.change(connection, **_minute(client)) != 1:
+        _see_room(client)
     return True
+
+
+def _see_room(client: Client) -> None:
+    """Before a signature is spent on it, see whether the agent may have another token this minute."""
+    if client.row.rate_limit is None:
+        return
+    room = _SEE_ROOM.first(**_minute(client))
+    if room and not room.has_room:
+        left = room.minute_began_at + timedelta(seconds=MINUTE) - client.now
+        raise Problem(
+            429,
+            "too_many_requests",
+            f"This agent may have {client.row.rate_limit} tokens a minute.",
+            headers={"Retry-After": str(max(1, int(left.total_seconds())))},
+        )
+
+
+def _minute(client: Client) -> dict[str, Any]:
+    return {
+        "agent": client.row.pk,
+        "now": client.now,
+        "minute_ago": client.now - timedelta(seconds=MINUTE),
+    }
 
 
 def end_family(client: Client, event: str) -> bool:

@@ -441,3 +441,9 @@ def test_of_a_key_only_what_verifying_needs_is_kept(operator: Operator, key: Key
 def test_private_key_jwt_needs_keys(operator: Operator) -> None:
     response = operator.call("POST", json={"name": "x", "token_endpoint_auth_method": "private_key_jwt"})
     assert (response.status_code, list(response.json["fields"])) == (400, ["jwks"])
+
+
+def test_bad_assertions_are_throttled_and_good_ones_are_not(client: FlaskClient, sign: Sign) -> None:
+    forged = [ask_signed(client, sign(signer=generate("ES256"))).status_code for _ in range(51)]
+    assert forged == [401] * 50 + [429]
+    assert ask_signed(client, sign()).status_code == 200

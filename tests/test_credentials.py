@@ -1,6 +1,9 @@
 """Secrets: their form, their hashes, and the memory of verified ones."""
 
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import bcrypt
 import pytest
@@ -82,11 +85,18 @@ def bcrypt_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return asked
 
 
-def test_a_verified_secret_costs_bcrypt_once(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
-    secret = checker.make()
-    assert checker.check(secret.text, secret.hash)
-    assert checker.check(secret.text, secret.hash)
-    assert len(bcrypt_checks) == 1
+def test_a_secret_is_remembered_once_it_was_right(checker: SecretChecker) -> None:
+    secret, wrong = checker.make(), checker.make()
+    assert not checker.remembers(secret.text, secret.hash)
+    checker.check(wrong.text, secret.hash)
+    checker.check(secret.text, None)
+    assert not checker.remembers(wrong.text, secret.hash)
+    assert not checker.remembers(secret.text, secret.hash)
+    checker.check(secret.text, secret.hash)
+    assert checker.remembers(secret.text, secret.hash)
+    assert not checker.remembers(wrong.text, secret.hash)
+    assert not checker.remembers(secret.text, wrong.hash)
+    assert not checker.remembers(secret.text, None)
 
 
 def test_a_wrong_secret_costs_bcrypt_every_time(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
@@ -103,15 +113,45 @@ def test_an_unknown_client_costs_the_same_bcrypt(checker: SecretChecker, bcrypt_
     assert [hashed[:7] for hashed in bcrypt_checks] == [secret.hash[:7]]
 
 
-def test_the_memory_is_bounded(bcrypt_checks: list[bytes]) -> None:
+def test_the_memory_is_bounded() -> None:
     checker = SecretChecker(cost=4, size=2)
     made = [checker.make() for _ in range(3)]
     for secret in made:
         checker.check(secret.text, secret.hash)
-    checker.check(made[2].text, made[2].hash)
-    assert len(bcrypt_checks) == 3
-    checker.check(made[0].text, made[0].hash)
-    assert len(bcrypt_checks) == 4
+    assert [checker.remembers(secret.text, secret.hash) for secret in made] == [False, True, True]
+
+
+def test_a_secret_that_cannot_be_right_does_not_wait_for_others(
+    checker: SecretChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = checker.make()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        begun.set()
+        return go_on.wait(10)
+
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(checker.check, secret.text, secret.hash)
+        begun.wait(10)
+        second = pool.submit(checker.check, secret.text, secret.hash)
+        with pytest.raises(credentials.Busy):
+            checker.check(secret.text, None)
+        go_on.set()
+        assert first.result(10)
+        assert second.result(10)
+
+
+def test_hashing_yields_to_everything_else(checker: SecretChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine + 10
+        return True
+
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    secret = checker.make()
+    assert checker.check(secret.text, secret.hash)
 
 
 def test_comparison_takes_strings_of_any_length() -> None:

@@ -1,0 +1,248 @@
+"""Guessing costs the guesser, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bcrypt
+import pytest
+from conftest import OPERATOR, Clock, Operator, ask_token, bearer
+from flask import Flask
+from flask.testing import FlaskClient
+from werkzeug.test import TestResponse
+
+import events
+import housekeeping
+import throttle
+from credentials import SecretChecker, new_client_id
+from models import FailedSignIns, db
+
+# Failures are forgotten with time: it stands still.
+pytestmark = pytest.mark.usefixtures("time_machine")
+maker = SecretChecker(cost=4)
+
+
+def guess(
+    client: FlaskClient, client_id: str, secret: str | None = None, address: str = "127.0.0.1"
+) -> TestResponse:
+    """A wrong, well-formed secret, unless another is given."""
+    body = {
+        "grant_type": "client_credentials",
+        "client_id": client_id,
+        "client_secret": secret or maker.make().text,
+    }
+    return client.post("/oauth/token", json=body, environ_overrides={"REMOTE_ADDR": address})
+
+
+def guess_until_throttled(client: FlaskClient, client_id: str, **kwargs: Any) -> int:
+    """How many guesses are answered as wrong."""
+    for count in range(1000):
+        status = guess(client, client_id, **kwargs).status_code
+        if status != 401:
+            assert status == 429
+            return count
+    raise AssertionError("never throttled")
+
+
+def test_after_fifty_wrong_secrets_the_guesser_waits(client: FlaskClient, agent: dict[str, Any]) -> None:
+    assert guess_until_throttled(client, agent["client_id"]) == 50
+    refused = guess(client, agent["client_id"])
+    assert refused.json["error"] == "too_many_requests"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 6
+
+
+def test_an_unknown_client_is_throttled_like_a_known_one(client: FlaskClient, agent: dict[str, Any]) -> None:
+    known, unknown = agent["client_id"], new_client_id()
+    assert guess_until_throttled(client, known) == guess_until_throttled(client, unknown)
+    one, other = guess(client, known), guess(client, unknown)
+    assert one.data == other.data
+    assert one.headers["Retry-After"] == other.headers["Retry-After"]
+
+
+def test_a_malformed_secret_counts_too(client: FlaskClient, agent: dict[str, Any]) -> None:
+    assert guess_until_throttled(client, agent["client_id"], secret="a guess") == 50
+
+
+def test_the_agent_itself_gets_in_from_the_guessers_address(
+    make_app: Callable[..., Flask], client: FlaskClient, agent: dict[str, Any]
+) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    # A worker that has never seen the secret has to hash it, and does.
+    assert ask_token(make_app().test_client(), agent).status_code == 200
+
+
+def test_a_guesser_who_knows_the_hint_waits_too(
+    make_app: Callable[..., Flask],
+    client: FlaskClient,
+    agent: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secret = agent["client_secret"]
+    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: False)
+    assert guess_until_throttled(client, agent["client_id"], secret=secret) == 50
+    monkeypatch.undo()
+    other = make_app().test_client()
+    assert guess(other, agent["client_id"], secret=secret).status_code == 429
+    assert guess(other, agent["client_id"], secret=secret, address="192.0.2.7").status_code == 200
+
+
+def test_a_remembered_secret_is_never_throttled(client: FlaskClient, agent: dict[str, Any]) -> None:
+    ask_token(client, agent)
+    guess_until_throttled(client, agent["client_id"])
+    assert ask_token(client, agent).status_code == 200
+
+
+def test_other_addresses_are_not_throttled(client: FlaskClient, agent: dict[str, Any]) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    assert guess(client, agent["client_id"], address="192.0.2.7").status_code == 401
+
+
+def test_a_restart_forgets_no_failure(
+    make_app: Callable[..., Flask], client: FlaskClient, agent: dict[str, Any]
+) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    assert guess(make_app().test_client(), agent["client_id"]).status_code == 429
+
+
+def test_nothing_is_hashed_for_a_throttled_guesser(
+    client: FlaskClient, agent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: pytest.fail("a hash was spent"))
+    assert guess(client, agent["client_id"]).status_code == 429
+
+
+def test_a_failure_is_forgotten_after_six_seconds(
+    client: FlaskClient, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    wait = int(guess(client, agent["client_id"]).headers["Retry-After"])
+    time_machine.advance(seconds=wait - 1)
+    assert guess(client, agent["client_id"]).status_code == 429
+    time_machine.advance(seconds=1)
+    assert guess_until_throttled(client, agent["client_id"]) == 1
+    time_machine.advance(hours=1)
+    assert guess_until_throttled(client, agent["client_id"]) == 50
+
+
+def test_a_clock_set_back_locks_nobody_out(
+    client: FlaskClient, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    guess_until_throttled(client, agent["client_id"])
+    time_machine.advance(days=-1)
+    assert guess_until_throttled(client, agent["client_id"]) == 50
+
+
+def test_guesses_at_many_clients_are_counted_together(client: FlaskClient) -> None:
+    answers = [guess(client, new_client_id()).status_code for _ in range(201)]
+    assert answers == [401] * 200 + [429]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth1", True),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("", "unix", False),
+    ],
+)
+def test_an_ipv6_client_is_its_network(one: str, other: str, same: bool) -> None:
+    assert (throttle._network(one) == throttle._network(other)) is same
+
+
+def test_what_is_forgotten_is_swept(client: FlaskClient, app: Flask, time_machine: Clock) -> None:
+    guess(client, new_client_id())
+    with app.app_context():
+        assert db.session.query(FailedSignIns).count() == 2
+        time_machine.advance(minutes=5)
+        housekeeping.sweep()
+        assert db.session.query(FailedSignIns).count() == 0
+
+
+# The admin token
+
+
+def manage(client: FlaskClient, token: str, address: str = "127.0.0.1") -> int:
+    headers = {"Authorization": f"Bearer {token}"}
+    return client.get("/api/agents", headers=headers, environ_overrides={"REMOTE_ADDR": address}).status_code
+
+
+def test_guesses_at_the_admin_token_are_throttled_before_they_are_compared(client: FlaskClient) -> None:
+    assert [manage(client, f"guess-{i}") for i in range(51)] == [401] * 50 + [429]
+    right = OPERATOR["Authorization"].removeprefix("Bearer ")
+    assert manage(client, right) == 429
+    assert manage(client, right, "192.0.2.7") == 200
+    introspected = client.post("/oauth/introspect", data={"token": "x"}, headers=OPERATOR)
+    assert introspected.status_code == 429
+
+
+def test_an_expired_access_token_is_no_guess_at_the_admin_token(
+    client: FlaskClient, token: dict[str, Any], time_machine: Clock
+) -> None:
+    time_machine.advance(days=1)
+    for _ in range(51):
+        assert client.get("/api/agents", headers=bearer(token)).status_code == 401
+    assert client.get("/api/agents", headers=OPERATOR).status_code == 200
+
+
+def test_a_throttled_guesser_shows_in_the_log(
+    client: FlaskClient, agent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_failures", events._Limiter())
+    guess_until_throttled(client, agent["client_id"])
+    found = client.get("/api/events?type=auth.failed", headers=OPERATOR).json["events"]
+    assert found[0]["data"] == {"client_id": agent["client_id"]}
+    assert found[0]["address"] == "127.0.0.1"
+
+
+# rate_limit
+
+
+def test_an_agent_gets_no_more_tokens_a_minute_than_its_limit(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create(rate_limit=3)
+    token = ask_token(client, agent).json
+    time_machine.advance(seconds=20)
+    assert client.post("/oauth/refresh", json={"refresh_token": token["refresh_token"]}).status_code == 200
+    assert ask_token(client, agent).status_code == 200
+    refused = ask_token(client, agent)
+    assert (refused.status_code, refused.json["error"]) == (429, "too_many_requests")
+    assert refused.headers["Retry-After"] == "40"
+    time_machine.advance(seconds=39)
+    assert ask_token(client, agent).status_code == 429
+    time_machine.advance(seconds=1)
+    assert [ask_token(client, agent).status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert operator.get(agent)["token_count"] == 5
+
+
+def test_a_refused_refresh_leaves_the_refresh_token_as_it_was(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create(rate_limit=1)
+    refresh = {"refresh_token": ask_token(client, agent).json["refresh_token"]}
+    assert client.post("/oauth/refresh", json=refresh).status_code == 429
+    time_machine.advance(minutes=1)
+    assert client.post("/oauth/refresh", json=refresh).status_code == 200
+
+
+def test_a_changed_rate_limit_counts_at_once(client: FlaskClient, operator: Operator) -> None:
+    agent = operator.create(rate_limit=1)
+    assert [ask_token(client, agent).status_code for _ in range(2)] == [200, 429]
+    operator.patch(agent, rate_limit=2)
+    assert [ask_token(client, agent).status_code for _ in range(2)] == [200, 429]
+    operator.patch(agent, rate_limit=None)
+    assert ask_token(client, agent).status_code == 200
+
+
+def test_a_clock_set_back_does_not_stretch_the_minute(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    agent = operator.create(rate_limit=1)
+    ask_token(client, agent)
+    time_machine.advance(days=-1)
+    assert ask_token(client, agent).status_code == 200

@@ -1,0 +1,101 @@
+"""Guessing costs the guesser: failed sign-ins are counted by address, for all workers and over restarts."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, NoReturn
+
+import sqlalchemy as sa
+from flask import request
+from sqlalchemy import bindparam
+from sqlalchemy.dialects.sqlite import insert
+
+import clock
+from models import FailedSignIns, Moment
+from prepared import Prepared, writing
+from wire import Problem
+
+
+class Limit(NamedTuple):
+    """How many failures are let by at once, and the seconds after which each is forgotten."""
+
+    failures: int
+    seconds: int
+
+    @property
+    def window(self) -> timedelta:
+        """The time in which all of them are forgotten."""
+        return timedelta(seconds=self.failures * self.seconds)
+
+
+# For guesses at one client secret, or at the admin token, from one address: fifty, then ten a minute.
+SECRET = Limit(50, 6)
+# For whatever names no live secret, from one address: two hundred, then one a second.
+ADDRESS = Limit(200, 1)
+
+_LOOK = Prepared(sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key")))
+_NEW: dict[str, Any] = {"clear_at": bindparam("clear_at", type_=Moment)}
+_COUNT = Prepared(insert(FailedSignIns).values(key=bindparam("key"), **_NEW).on_conflict_do_update(set_=_NEW))
+
+
+class Guess:
+    """A sign-in that may fail, from the caller's address at something.
+
+    A wrong guess at a secret that is there, known by its hint, is counted apart from all others: who
+    does not know the hint cannot lock out who does, not even from the same address.
+    """
+
+    def __init__(self, at: str, *, known: bool) -> None:
+        address = _network(request.remote_addr or "")
+        self._buckets = [(f"{address} {at}", SECRET)]
+        if not known:
+            self._buckets.append((address, ADDRESS))
+
+    def refuse_if_throttled(self) -> None:
+        """Before anything is hashed or compared.
+
+        :raises Problem: 429, when too many before it were wrong.
+        """
+        now = clock.now()
+        for key, limit in self._buckets:
+            wait = _clear_at(_LOOK.first(key=key), now, limit) - now - limit.window
+            if wait >= timedelta(0):
+                refuse(int(wait.total_seconds()) + 1)
+
+    def failed(self) -> None:
+        """Count it."""
+        now = clock.now()
+        with writing(durable=False) as connection:
+            for key, limit in self._buckets:
+                pause = timedelta(seconds=limit.seconds)
+                clear_at = _clear_at(_LOOK.run(connection, key=key), now, limit) + pause
+                _COUNT.change(connection, key=key, clear_at=clear_at)
+
+
+def refuse(seconds: int) -> NoReturn:
+    """Tell the caller to come again.
+
+    :raises Problem: 429 (RFC 6585 §4).
+    """
+    text = "Too many sign-ins have failed. Try again when Retry-After has passed."
+    raise Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
+
+
+def _clear_at(row: Any, now: datetime, limit: Limit) -> datetime:
+    """When the last of the failures is forgotten; a time that a clock since set back wrote does not count."""
+    latest = now + limit.window + timedelta(seconds=limit.seconds)
+    clear_at: datetime = row.clear_at if row else now
+    return max(now, clear_at) if clear_at <= latest else now
+
+
+def _network(address: str) -> str:
+    """The address, or the /64 that an IPv6 client has all of."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = getattr(ip, "ipv4_mapped", None)
+    if ip.version == 4 or mapped:
+        return str(mapped or ip)
+    return str(ipaddress.ip_network((ip, 64), strict=False))
