@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run install test check
+.PHONY: help run install test check bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,6 +28,9 @@ check: .venv/installed-dev ## lint, format, types, and known holes in the depend
 	0:*"could not be audited"* | [1-9]*) echo "pip-audit could not look up every dependency here." ;; \
 	*) echo "No dependency has a known hole." ;; \
 	esac
+
+bench: .venv/installed-dev ## measure everything beside an empty Flask route (about half an hour)
+	@$(BIN)/python bench/bench.py
 
 # Clients written in JavaScript are tested where npm is.
 tests/node/node_modules: tests/node/package-lock.json
