@@ -22,7 +22,9 @@ import cli
 import credentials
 import database
 import events
+import headers
 import housekeeping
+import journal
 import keys
 import management
 import metadata
@@ -63,11 +65,14 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     )
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
+    # First of all: a request that local mode refuses has an id too, and a line in the log.
+    journal.init_app(app, settings)
+    events.init_app(app)
+    headers.init_app(app, settings)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     vault.init_app(app, settings)
     prepared.init_app(app)
     _open_instance(app, settings, serving)
-    events.init_app(app)
     bearer.init_app(app, settings)
     oauth.init_app(app, settings)
     metadata.init_app(app, settings)
@@ -75,7 +80,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     cli.init_app(app)
     _register_routes(app)
     _register_error_handlers(app)
-    app.after_request(_do_not_store)
     return app
 
 
@@ -162,15 +166,15 @@ def _answer_problem(problem: Problem) -> Response:
 
 def _answer_oauth_error(error: OAuth2Error) -> Response:
     description = error.get_error_description()
-    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-    return _answer_problem(Problem(error.status_code, error.error, description, headers=headers))
+    told = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    return _answer_problem(Problem(error.status_code, error.error, description, headers=told))
 
 
 def _answer_http_error(error: HTTPException) -> Response:
     code = error.code or 500
     name, text = _HTTP_ERRORS.get(code, ("invalid_request", "The request cannot be understood."))
-    headers = {key: value for key, value in error.get_headers() if key == "Allow"}
-    return _answer_problem(Problem(code, name, text, headers=headers))
+    told = {key: value for key, value in error.get_headers() if key == "Allow"}
+    return _answer_problem(Problem(code, name, text, headers=told))
 
 
 def _answer_database_error(error: OperationalError | sqlite3.OperationalError) -> Response:
@@ -184,12 +188,6 @@ def _answer_database_error(error: OperationalError | sqlite3.OperationalError) -
 def _answer_crash(error: Exception) -> Response:
     log.error("A request crashed.", exc_info=error)
     return _answer_problem(Problem(500, "server_error", "Lanyard failed to answer. Its log says why."))
-
-
-def _do_not_store(response: Response) -> Response:
-    # RFC 6749 §5.1 for tokens; agents and secrets are nobody's to keep either.
-    response.headers.setdefault("Cache-Control", "no-store")
-    return response
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def init_app(app: Flask, settings: Settings) -> None:
 def require_agent() -> None:
     """Let an agent with a good access token through; `current_agent()` is then that agent."""
     _require(None)
-    events.caller_is(current_agent().id)
+    events.caller_is(current_agent().id, current_agent().client_id)
 
 
 def require_operator() -> None:
@@ -149,7 +149,7 @@ def require_operator() -> None:
         if problem.status == 401 and "Authorization" in request.headers:
             events.record_failure(None)
         raise
-    events.caller_is(current_agent().id)
+    events.caller_is(current_agent().id, current_agent().client_id)
 
 
 def look_at(token_string: str) -> tuple[dict[str, Any], Any] | None:

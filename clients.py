@@ -172,7 +172,7 @@ def authenticate(request: OAuth2Request) -> Client:
     if not client.is_live:
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.")
-    events.caller_is(client.row.id)
+    events.caller_is(client.row.id, client.row.client_id)
     return client
 
 

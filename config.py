@@ -47,6 +47,8 @@ class Settings:
     event_retention_days: int
     webhook_allow_private: bool
     secret_keys: tuple[str, ...] = field(repr=False)
+    cors_origins: tuple[str, ...]
+    access_log: bool
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -77,6 +79,8 @@ class Settings:
             event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 7, 3650),
             webhook_allow_private=_flag(env, "WEBHOOK_ALLOW_PRIVATE", default=local),
             secret_keys=_secret_keys(env),
+            cors_origins=_cors_origins(env, local),
+            access_log=_flag(env, "ACCESS_LOG"),
         )
 
     def url(self, path: str) -> str:
@@ -181,6 +185,38 @@ def _secret_keys(env: Mapping[str, str]) -> tuple[str, ...]:
         # The value is not repeated: it is a secret.
         raise SettingError("LANYARD_SECRET_KEY must be Fernet keys of 44 characters, separated by commas.")
     return keys
+
+
+def _cors_origins(env: Mapping[str, str], local: bool) -> tuple[str, ...]:
+    """Origins exactly as browsers send them (RFC 6454 §6.2), separated by commas."""
+    origins = tuple(filter(None, map(str.strip, _read(env, "CORS_ORIGINS").split(","))))
+    if local and origins:
+        raise SettingError(
+            "LANYARD_CORS_ORIGINS must not be set while LANYARD_LOCAL=1: local mode answers no other site."
+        )
+    for origin in origins:
+        if not _is_origin(origin):
+            raise SettingError(
+                "LANYARD_CORS_ORIGINS must be origins as https://app.example.com, separated by commas,"
+                " each named in lower case, without a path and the default port"
+                f" (http is for localhost only, and * is for nobody), not {origin!r}."
+            )
+    return origins
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        return False
+    if not host or not re.fullmatch(r"[a-z0-9.-]+|[0-9a-f:.]+", host):
+        return False
+    secure = parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK_NAMES)
+    told = f"[{host}]" if ":" in host else host
+    if port not in (None, 0, 443 if parts.scheme == "https" else 80):
+        told += f":{port}"
+    return secure and text == f"{parts.scheme}://{told}"
 
 
 def _issuer(url: str) -> str:

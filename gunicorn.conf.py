@@ -30,6 +30,9 @@ umask = 0o077
 limit_request_field_size = 20_000
 graceful_timeout = 10
 loglevel = "warning"
+# For --access-logfile: a query, a path, a referer or a user name may be a credential put there by mistake.
+# LANYARD_ACCESS_LOG tells the routes and who called.
+access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
 
 
 def on_starting(server: Any) -> None:

@@ -14,9 +14,13 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from gunicorn.http import errors
+from gunicorn.http import errors, wsgi
+from gunicorn.util import http_date
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+import credentials
+import headers
+import journal
 from wire import MAX_BODY
 
 MAX_HEAD = 64 * 1024  # bytes
@@ -46,6 +50,18 @@ _STATUS_OF = {
     errors.ExpectationFailed: 417,
     errors.UnsupportedTransferCoding: 501,
 }
+
+
+class Response(wsgi.Response):
+    """gunicorn's, which does not say whose it is."""
+
+    def default_headers(self) -> list[str]:
+        """gunicorn's first lines, without `Server`."""
+        return [line for line in super().default_headers() if not line.startswith("Server:")]
+
+
+# gunicorn has no setting for it: its `wsgi.create` makes whatever goes by this name.
+wsgi.Response = Response
 
 
 class Refused(Exception):
@@ -242,7 +258,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _refuse(self, conn: Connection, status: int) -> None:
-        _answer(conn.sock, status)
+        _answer(conn.sock, conn.client, status)
         self.nr_conns -= 1
         self.see_off(conn)
 
@@ -280,20 +296,31 @@ class Worker(ThreadWorker):
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
         """What gunicorn's parser refuses, in the one error shape."""
         status = next((code for kind, code in _STATUS_OF.items() if isinstance(exc, kind)), None)
+        request_id = credentials.new_request_id()
         if status is None and not isinstance(exc, errors.ParseException):
-            self.log.exception("Error handling a request")
-        _answer(client, status or (400 if isinstance(exc, errors.ParseException) else 500))
+            self.log.exception("Error handling the request %s", request_id)
+        _answer(client, addr, status or (400 if isinstance(exc, errors.ParseException) else 500), request_id)
 
 
-def _answer(sock: socket.socket, status: int) -> None:
+def _answer(sock: socket.socket, client: Any, status: int, request_id: str | None = None) -> None:
+    """Answer as the app does, without it."""
+    request_id = request_id or credentials.new_request_id()
     error, description = _REFUSALS[status]
     body = json.dumps({"error": error, "error_description": description}).encode()
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\nCache-Control: no-store\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    told = {
+        "Date": http_date(),
+        "Connection": "close",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+        **headers.EVERYWHERE,
+        "X-Request-Id": request_id,
+    }
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in told.items()]
     try:
         sock.setblocking(False)
-        sock.send(head.encode() + body)
+        sock.send("\r\n".join([*lines, "", ""]).encode() + body)
     except OSError:
         pass  # a client that is gone misses nothing
+    # Over a Unix socket there is no address.
+    journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, len(body), request_id)

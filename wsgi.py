@@ -1,12 +1,12 @@
 """What gunicorn serves: `gunicorn wsgi:app`."""
 
-import logging
 import sys
 
+import journal
 from app import create_app
 from config import SettingError
 
-logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+journal.open_log()
 
 try:
     app = create_app(serving=True)
