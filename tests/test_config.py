@@ -36,12 +36,16 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         THREADS="5",
         TRUSTED_PROXIES="1",
         EVENT_RETENTION_DAYS="30",
+        CORS_ORIGINS="https://app.example.com, http://localhost:3000",
+        ACCESS_LOG="1",
     )
     assert settings.database_file == tmp_path / "other.db"
     assert (settings.instance, settings.host, settings.port) == (tmp_path, "0.0.0.0", 9000)  # noqa: S104
     assert settings.admin_token == "sixteen-chars-ok"
     assert (settings.issuer, settings.audience) == ("https://id.example.com/lanyard", "my-api")
     assert settings.event_retention_days == 30
+    assert settings.cors_origins == ("https://app.example.com", "http://localhost:3000")
+    assert settings.access_log
     assert (settings.access_token_ttl, settings.refresh_token_ttl, settings.signing_alg) == (60, 120, "ES256")
     assert (settings.bcrypt_cost, settings.workers, settings.threads, settings.trusted_proxies) == (
         12,
@@ -83,6 +87,20 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("DATABASE_URL", "postgresql://localhost/lanyard"),
         ("DATABASE_URL", "sqlite:///relative.db"),
         ("DATABASE_URL", "sqlite:///:memory:"),
+        ("ACCESS_LOG", "/var/log/lanyard"),
+        ("CORS_ORIGINS", "*"),
+        ("CORS_ORIGINS", "null"),
+        ("CORS_ORIGINS", "app.example.com"),
+        ("CORS_ORIGINS", "https://*.example.com"),
+        ("CORS_ORIGINS", "https://app.example.com/"),
+        ("CORS_ORIGINS", "https://App.example.com"),
+        ("CORS_ORIGINS", "https://app.example.com:443"),
+        ("CORS_ORIGINS", "https://app.example.com:0"),
+        ("CORS_ORIGINS", "https://app.example.com:8a"),
+        ("CORS_ORIGINS", "https://me:pw@app.example.com"),
+        ("CORS_ORIGINS", "http://app.example.com"),
+        ("CORS_ORIGINS", "https://app.example.com,https://two.example.com?"),
+        ("CORS_ORIGINS", "https://one.example.com https://two.example.com"),
     ],
 )
 def test_a_bad_value_is_one_sentence_that_names_the_variable(name: str, value: str) -> None:
@@ -111,6 +129,20 @@ def test_local_mode_refuses_any_host_but_127_0_0_1(host: str) -> None:
 def test_local_mode_trusts_no_proxy() -> None:
     with pytest.raises(SettingError, match="LANYARD_TRUSTED_PROXIES must be 0"):
         read(LOCAL="1", TRUSTED_PROXIES="1")
+
+
+def test_local_mode_lets_no_other_site_in() -> None:
+    with pytest.raises(SettingError, match="LANYARD_CORS_ORIGINS must not be set while LANYARD_LOCAL=1"):
+        read(LOCAL="1", CORS_ORIGINS="http://localhost:3000")
+
+
+@pytest.mark.parametrize("origin", ["https://a.example:8443", "http://[::1]:3000", "http://127.0.0.1"])
+def test_origins_are_taken_as_browsers_send_them(origin: str) -> None:
+    assert read(CORS_ORIGINS=origin).cors_origins == (origin,)
+
+
+def test_no_origin_is_let_in_and_no_request_logged_unless_asked_for() -> None:
+    assert (read().cors_origins, read().access_log) == ((), False)
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:

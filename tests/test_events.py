@@ -71,7 +71,7 @@ def test_an_event_tells_from_where_and_in_which_request(make_app: Callable[..., 
     assert (event["address"], event["request_id"]) == ("203.0.113.9", "deploy-7")
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "é"])
+@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "é", "rt_x", "cs_x", "whsec_x"])
 def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: str) -> None:
     told = client.get("/health", headers={"X-Request-Id": given}).headers["X-Request-Id"]
     assert told != given

@@ -12,6 +12,7 @@ import pytest
 import requests
 from conftest import Server
 
+import headers
 from worker import MAX_BODY, Arrival, Refused
 
 TOKEN = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -145,6 +146,16 @@ def test_what_is_no_request_gets_the_one_error_shape(server: Server, sent: bytes
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"Content-Type: application/json" in head
     assert body.startswith(b'{"error": "')
+    for name, value in headers.EVERYWHERE.items():
+        assert f"\r\n{name}: {value}\r\n".encode() in head
+    assert b"\r\nX-Request-Id: req_" in head
+    assert b"\r\nDate: " in head
+    assert b"Server:" not in head
+
+
+def test_no_answer_says_what_serves_it(server: Server) -> None:
+    for path in ("/", "/nowhere"):
+        assert "Server" not in requests.get(server.url + path).headers
 
 
 def test_a_request_that_never_ends_is_given_up(
