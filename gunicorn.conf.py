@@ -73,6 +73,10 @@ def when_ready(server: Any) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def pre_request(worker: Any, request: Any) -> None:
+    """Nothing; gunicorn's own writes every path to the debug log, with whatever was put there by mistake."""
+
+
 def post_worker_init(worker: Any) -> None:
     """Start this worker's deliverer; one of them all delivers, the others stand by."""
     if "LANYARD" not in worker.app.wsgi().config:
