@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import requests
-from flask import Flask
+from flask import Flask, Response, request_finished
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
@@ -25,6 +27,42 @@ from config import HERE, Settings
 
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
 OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+
+class Watch(logging.Handler):
+    """Keeps what is logged in this process, and the secrets and tokens that its apps gave out."""
+
+    SECRET = re.compile(r"(?:cs|rt|whsec)_[\w-]{40,}|eyJ[\w-]+\.[\w-]+\.[\w-]+")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.secrets = {ADMIN_TOKEN}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+    def read(self, app: Flask, response: Response) -> None:
+        """Look for secrets in an answer."""
+        if response.is_json:
+            self.secrets.update(self.SECRET.findall(response.get_data(as_text=True)))
+
+    def leaks(self) -> list[str]:
+        """The lines that a secret is in, or all of one but its prefix and hint."""
+        text = "\n".join(self.lines)
+        leaked = [secret[11:] for secret in self.secrets if secret[11:] in text]
+        return [line for line in self.lines if any(part in line for part in leaked)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_is_logged() -> Iterator[None]:
+    """Holds for all tests of this process together; its failure is an error of the last one."""
+    watch = Watch()
+    logging.getLogger().addHandler(watch)
+    with request_finished.connected_to(watch.read):
+        yield
+    logging.getLogger().removeHandler(watch)
+    assert watch.leaks() == []
 
 
 @pytest.fixture(scope="session")
