@@ -19,6 +19,8 @@ from typing import NamedTuple
 import bcrypt
 from flask import Flask, current_app
 
+import waiting
+
 _EXTENSION = "lanyard.secrets"
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
@@ -162,6 +164,7 @@ class SecretChecker:
         body = f"cs_{hint}{secrets.token_urlsafe(32)}"
         text = body + _checksum(body)
         salt = bcrypt.gensalt(self._cost)
+        waiting.step_aside()
         return NewSecret(text, hint, self._thread.submit(bcrypt.hashpw, text.encode(), salt).result())
 
     def remembers(self, secret: str, stored: bytes | None) -> bool:
@@ -177,6 +180,7 @@ class SecretChecker:
 
         :raises Busy: when there is no such row, and others wait: this one cannot be right.
         """
+        waiting.step_aside()
         if not self._turn.acquire(blocking=stored is not None):
             raise Busy
         try:

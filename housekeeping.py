@@ -12,6 +12,7 @@ from flask import Flask, Response
 from sqlalchemy.exc import OperationalError
 
 import clock
+import waiting
 from config import settings
 from database import may_pass, writing
 from models import Base, Event, Webhook
@@ -96,6 +97,7 @@ class _Due:
 
 def _sweep_in(app: Flask, due: _Due) -> None:
     more = False
+    waiting.step_aside()
     try:
         with app.app_context():
             more = sweep()

@@ -15,6 +15,7 @@ import credentials
 import events
 import schemas
 import vault
+import waiting
 import wall
 from config import settings
 from database import newest_page, writing
@@ -163,6 +164,7 @@ def _check_url(fields: dict[str, Any]) -> None:
     try:
         target = wall.parse(fields["url"], allow_private=allow_private)
         if not allow_private:
+            waiting.step_aside()
             wall.resolve(target, allow_private=False)
     except wall.Refused as refusal:
         raise Problem(400, "invalid_request", f"'url': {refusal}", fields={"url": [str(refusal)]}) from None

@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker with a waiting room: a request gets a thread once it has arrived whole."""
+"""gunicorn's threaded worker, but that one thread listens and answers, and lets another when it must wait."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import heapq
 import itertools
 import json
 import re
+import select
 import selectors
 import socket
 import struct
+import threading
 import time
+from collections import deque
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from gunicorn.http import errors, wsgi
 from gunicorn.util import http_date
@@ -21,12 +24,14 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 import credentials
 import headers
 import journal
+import waiting
 from wire import MAX_BODY
 
 MAX_HEAD = 64 * 1024  # bytes
 ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
 LINGER = 2  # seconds for a client to read its answer before the connection goes
 MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
+HESITATION = 0.0002  # seconds: without it one worker may take all that come, and keep them
 STALL = 10  # seconds a thread waits for a client that does not read, or sends less than it said
 
 _LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
@@ -53,7 +58,13 @@ _STATUS_OF = {
 
 
 class Response(wsgi.Response):
-    """gunicorn's, which does not say whose it is."""
+    """gunicorn's, which does not say whose it is, and whose thread leads no more while a client reads slowly."""
+
+    def write(self, arg: bytes) -> None:
+        """gunicorn's; what is larger than the socket's buffer is waited for."""
+        if len(arg) > MAX_BODY or not _takes_more(self.sock):
+            waiting.step_aside()
+        super().write(arg)
 
     def default_headers(self) -> list[str]:
         """gunicorn's first lines, without `Server`."""
@@ -62,6 +73,12 @@ class Response(wsgi.Response):
 
 # gunicorn has no setting for it: its `wsgi.create` makes whatever goes by this name.
 wsgi.Response = Response
+
+
+def _takes_more(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 class Refused(Exception):
@@ -167,16 +184,91 @@ class Connection(TConn):
             super().close()
 
 
+class Done(NamedTuple):
+    """How a request ended, as gunicorn's worker asks a future of its thread pool."""
+
+    keep_alive: bool
+
+    def result(self) -> bool:
+        """Whether the connection is good for another request."""
+        return self.keep_alive
+
+    def cancelled(self) -> bool:
+        """Never."""
+        return False
+
+
 class Worker(ThreadWorker):
-    """Slow, idle and silent clients cost a place in the poller, and no thread."""
+    """Slow, idle and silent clients cost a place in the poller, and no thread.
+
+    One thread at a time leads: it looks what has arrived, and answers it then and there. Handing
+    requests over to other threads costs more than most requests do, since all of them run under one
+    lock of Python's. A leader that is about to wait steps aside, and one of the others leads.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadlines: list[tuple[float, int, Connection]] = []
         self._counter = itertools.count()
+        self._ready: deque[Connection] = deque()
+        self._lead = threading.Lock()
+        self._mine = threading.local()
+
+    def run(self) -> None:
+        """Let every thread have its turn until the worker stops; then gunicorn's own `run` winds down."""
+        queue = self.method_queue.fileno()
+        self.poller.register(queue, selectors.EVENT_READ, self.method_queue.run_callbacks)
+        for _ in range(self.cfg.threads - 1):
+            threading.Thread(target=self._take_turns, daemon=True).start()
+        self._take_turns()
+        self._take_lead()
+        self.poller.unregister(queue)
+        super().run()
+
+    def _take_turns(self) -> None:
+        try:
+            while self.alive:
+                self._take_lead()
+                while self.alive and self._mine.is_leading:
+                    self._do_round()
+        except Exception:
+            self.log.exception("A worker cannot go on.")
+            self.alive = False
+        finally:
+            self._step_aside()
+
+    def _do_round(self) -> None:
+        self.notify()
+        self.set_accept_enabled(self.nr_conns < self.worker_connections)
+        self.wait_for_and_dispatch_events(1.0)
+        if self._mine.is_leading:
+            self.alive = self.alive and self.is_parent_alive()
+            self.murder_keepalived()
+            self.murder_pending()
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """gunicorn's hook: look what has come, then answer what is whole by now."""
+        super().wait_for_and_dispatch_events(0 if self._ready else timeout)
+        # No more than there are now: who sends many requests at once waits for the others between them.
+        for _ in range(len(self._ready)):
+            self._serve(self._ready.popleft())
+            if not self._mine.is_leading:
+                return  # the new leader goes on
+
+    def _take_lead(self) -> None:
+        self._lead.acquire()
+        self._mine.is_leading = True
+        waiting.before_waiting(self._step_aside)
+
+    def _step_aside(self) -> None:
+        if self._mine.is_leading:
+            self._mine.is_leading = False
+            self._lead.release()
 
     def accept(self, listener: socket.socket) -> None:
-        """gunicorn's, with a Connection of ours."""
+        """gunicorn's, with a Connection of ours; a worker that has some lets an idle one be quicker."""
+        if self.nr_conns:
+            time.sleep(HESITATION)
         try:
             sock, client = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -185,7 +277,11 @@ class Worker(ThreadWorker):
         self.enqueue_req(Connection(self, sock, client))
 
     def enqueue_req(self, conn: Connection) -> None:
-        """The one way to a thread: taken when the request is whole, else the connection waits for more."""
+        """There is something to read from it, or left of what was read."""
+        self._ready.append(conn)
+
+    def _serve(self, conn: Connection) -> None:
+        """Answer when the request is whole; else the connection waits for more."""
         try:
             if conn.parser:
                 # What came behind the last request on this connection.
@@ -213,11 +309,19 @@ class Worker(ThreadWorker):
             conn.init()
             conn.parser.unreader.unread(arrival.take())
             conn.arrival, conn.deadline = Arrival(), None
-            super().enqueue_req(conn)
+            self._answer(conn)
             return
         if arrival.is_waiting_for_go_ahead:
             conn.sock.send(arrival.go_ahead())
         self._wait(conn, ARRIVAL if conn.deadline is None else None)
+
+    def _answer(self, conn: Connection) -> None:
+        done = Done(self.handle(conn))
+        if self._mine.is_leading:
+            self.finish_request(conn, done)
+        else:
+            # Whoever leads looks after the connections.
+            self.method_queue.defer(self.finish_request, conn, done)
 
     def _wait(self, conn: Connection, seconds: float | None) -> None:
         """Let it wait in the poller; `seconds` sets its deadline, None leaves the one it has."""
