@@ -90,6 +90,7 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
         sa.event.listen(db.engine, "connect", _on_connect)
         sa.event.listen(db.engine, "begin", _on_begin)
         with _alone(settings.database_file):
+            _refuse_damaged(settings.database_file)
             _use_wal(settings.database_file)
             with writing() as connection:
                 Base.metadata.create_all(connection)
@@ -136,6 +137,22 @@ def _alone(path: Path) -> Iterator[None]:
     with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Look at every page before the first write, which might make a damaged file worse.
+
+    :raises sqlite3.DatabaseError: when it is no database, or not whole.
+    """
+    if not path.exists():
+        return
+    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+    try:
+        sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    finally:
+        connection.close()
+    if not sound:
+        raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
 
 
 def _use_wal(path: Path) -> None:

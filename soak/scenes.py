@@ -65,7 +65,7 @@ class Stage:
         return Load(self.ledger, scene.tally)
 
     def audit(self, scene: Scene) -> None:
-        """Ask about everything acknowledged in the scene and some of what was before, look into file and log."""
+        """Ask about all that the scene acknowledged and some of what was before; look into file and log."""
         audit = Audit(self.ledger, scene.tally)
         agents = self.ledger.agents
         older = random.sample(agents[: self._older], min(SAMPLE, self._older))

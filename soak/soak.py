@@ -91,7 +91,7 @@ def print_table(played: list[Scene]) -> None:
     print("\n| fault | times | acknowledged changes | lost | violations | answers |")
     print("| --- | --: | --: | --: | --: | --- |")
     for scene in played:
-        answers = ", ".join(f"{count} × {what}" for what, count in sorted(scene.tally.answers.items()))
+        answers = ", ".join(f"{what}: {count}" for what, count in sorted(scene.tally.answers.items()))
         found = len(scene.tally.violations)
         print(f"| {scene.name} | {scene.times} | {scene.acknowledged} | {scene.lost} | {found} | {answers} |")
 
