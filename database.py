@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,10 @@ _PASSING = {
 }
 BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
+
+# Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
+# waits long, or every thread would, and nobody's reads or health checks were answered.
+_is_stuck = threading.Event()
 
 
 def newest_page(
@@ -112,12 +117,17 @@ def begin_writing(
     if info["synchronous"] != level:
         execute(f"PRAGMA synchronous = {level}")
         info["synchronous"] = level
-    if patient:
-        execute("BEGIN IMMEDIATE")
+    if patient and not _is_stuck.is_set():
+        try:
+            execute("BEGIN IMMEDIATE")
+        except (sa.exc.OperationalError, sqlite3.OperationalError):
+            _is_stuck.set()
+            raise
         return
     execute(f"PRAGMA busy_timeout = {int(SHORT_TIMEOUT * 1000)}")
     try:
         execute("BEGIN IMMEDIATE")
+        _is_stuck.clear()
     finally:
         execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
