@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import math
 import re
 import selectors
 import socket
@@ -23,6 +24,7 @@ MAX_HEAD = 64 * 1024  # bytes
 ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
 LINGER = 2  # seconds for a client to read its answer before the connection goes
 MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
+AT_THE_DOOR = 1  # seconds that a stopping worker lets a new connection's first request be on its way
 STALL = 10  # seconds a thread waits for a client that does not read, or sends less than it said
 
 _LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
@@ -158,15 +160,33 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self._deadlines: list[tuple[float, int, Connection]] = []
         self._counter = itertools.count()
+        self._door_closed_at = math.inf
 
-    def accept(self, listener: socket.socket) -> None:
-        """gunicorn's, with a Connection of ours."""
+    def accept(self, listener: socket.socket) -> bool:
+        """gunicorn's, with a Connection of ours; returns whether there may be another."""
         try:
             sock, client = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+        except BlockingIOError:
+            return False
+        except ConnectionAbortedError:
+            return True
         self.nr_conns += 1
         self.enqueue_req(Connection(self, sock, client))
+        return True
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """gunicorn's, and at the stop take in who stands at the door, then close it.
+
+        Left open, it would let clients connect that nobody answers, and reset them in the end.
+        """
+        super().set_accept_enabled(enabled)
+        if self.alive or self._door_closed_at < math.inf:
+            return
+        self._door_closed_at = time.monotonic()
+        for listener in self.sockets:
+            while self.accept(listener):
+                pass
+            listener.close()
 
     def enqueue_req(self, conn: Connection) -> None:
         """The one way to a thread: taken when the request is whole, else the connection waits for more."""
@@ -218,9 +238,9 @@ class Worker(ThreadWorker):
             self.enqueue_req(conn)
 
     def murder_pending(self) -> None:
-        """End the waits that have lasted too long; all of them that nothing came of when the worker stops."""
+        """End the waits that have lasted too long; soon all that nothing came of when the worker stops."""
         now = time.monotonic()
-        if not self.alive:
+        if not self.alive and now > self._door_closed_at + AT_THE_DOOR:
             self._deadlines = [entry for entry in self._deadlines if not self._end_idle(*entry)]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
