@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run install test check bench
+.PHONY: help run install test check bench soak
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,9 @@ check: .venv/installed-dev ## lint, format, types, and known holes in the depend
 
 bench: .venv/installed-dev ## measure everything beside an empty Flask route (about half an hour)
 	@$(BIN)/python bench/bench.py
+
+soak: .venv/installed-dev ## kill it, fill its disk, lock its files, move its clock, and see what it kept (three minutes)
+	@$(BIN)/python soak/soak.py
 
 # Clients written in JavaScript are tested where npm is.
 tests/node/node_modules: tests/node/package-lock.json

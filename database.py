@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.orm import InstrumentedAttribute
 
+import waiting
 from config import Settings
 from models import Base, db
 
@@ -29,6 +32,14 @@ _PASSING = {
 }
 BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
+
+CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
+PROMPT = 0.005  # seconds after which a thread that waits for the lock lets another one answer
+SHORTEST_SLEEP = 0.0001  # seconds
+
+# Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
+# waits long, or every thread would, and nobody's reads or health checks were answered.
+_is_stuck = threading.Event()
 
 
 def newest_page(
@@ -90,6 +101,7 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
         sa.event.listen(db.engine, "connect", _on_connect)
         sa.event.listen(db.engine, "begin", _on_begin)
         with _alone(settings.database_file):
+            _refuse_damaged(settings.database_file)
             _use_wal(settings.database_file)
             with writing() as connection:
                 Base.metadata.create_all(connection)
@@ -103,7 +115,7 @@ def begin_writing(
 ) -> None:
     """BEGIN IMMEDIATE; see `writing`.
 
-    :param execute: what runs SQL on a connection of the engine's.
+    :param execute: the driver's, of a connection of the engine's.
     :param info: the engine's notes on that connection.
     """
     level = "FULL" if durable else "NORMAL"
@@ -111,12 +123,35 @@ def begin_writing(
     if info["synchronous"] != level:
         execute(f"PRAGMA synchronous = {level}")
         info["synchronous"] = level
-    if patient:
-        execute("BEGIN IMMEDIATE")
-        return
-    execute(f"PRAGMA busy_timeout = {int(SHORT_TIMEOUT * 1000)}")
+    patient = patient and not _is_stuck.is_set()
     try:
-        execute("BEGIN IMMEDIATE")
+        _take_write_lock(execute, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
+    except sqlite3.OperationalError:
+        if patient:
+            _is_stuck.set()
+        raise
+    _is_stuck.clear()
+
+
+def _take_write_lock(execute: Callable[[str], Any], seconds: float) -> None:
+    """BEGIN IMMEDIATE as soon as the lock is free.
+
+    SQLite's own waiting sleeps for a millisecond and more, in which another could have written five times.
+    """
+    started = time.monotonic()
+    execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - started
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > seconds:
+                    raise
+            if waited > PROMPT:
+                waiting.step_aside()
+            time.sleep(max(SHORTEST_SLEEP, waited / 4))
     finally:
         execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
@@ -138,6 +173,22 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+def _refuse_damaged(path: Path) -> None:
+    """Look at every page before the first write, which might make a damaged file worse.
+
+    :raises sqlite3.DatabaseError: when it is no database, or not whole.
+    """
+    if not path.exists():
+        return
+    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+    try:
+        sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    finally:
+        connection.close()
+    if not sound:
+        raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
+
+
 def _use_wal(path: Path) -> None:
     # The -wal and -shm files take the database file's mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -154,6 +205,7 @@ def _on_connect(connection: sqlite3.Connection, record: Any) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
     record.info["synchronous"] = "FULL"
 
 
@@ -163,4 +215,5 @@ def _on_begin(connection: sa.Connection) -> None:
     if options is None:
         connection.exec_driver_sql("BEGIN")
     else:
-        begin_writing(connection.exec_driver_sql, connection.info, **options)
+        driver: Any = connection.connection.dbapi_connection
+        begin_writing(driver.execute, connection.info, **options)

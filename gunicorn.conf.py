@@ -1,5 +1,6 @@
 """How gunicorn serves Lanyard. It reads the same LANYARD_* settings as the app."""
 
+import gc
 import os
 import socket
 import sys
@@ -54,7 +55,10 @@ def _check_free(address: Any) -> None:
         return
     host, port = address[:2]
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Bound, but not listening: a client that came now would be let in and cut off.
+            probe.bind((host, port))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         sys.exit(
@@ -65,6 +69,9 @@ def _check_free(address: Any) -> None:
 
 def when_ready(server: Any) -> None:
     """Say where it listens, who may manage agents, and what to try first."""
+    # What is there now stays: no worker need look through it for rubbish, or copy its pages by looking.
+    gc.collect()
+    gc.freeze()
     url = ", ".join(str(socket) for socket in server.LISTENERS)
     for name in unknown_names():
         print(f"Lanyard knows no setting {name}: is it misspelt?", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from datetime import timedelta
@@ -101,7 +102,7 @@ def _sweep_in(app: Flask, due: _Due) -> None:
     try:
         with app.app_context():
             more = sweep()
-    except OperationalError as error:
+    except (OperationalError, sqlite3.OperationalError) as error:
         # Locked or full just now: the next sweep finds it all again.
         if not may_pass(error):
             log.exception("What has expired cannot be deleted.")

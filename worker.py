@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import math
 import re
 import select
 import selectors
@@ -31,6 +32,7 @@ MAX_HEAD = 64 * 1024  # bytes
 ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
 LINGER = 2  # seconds for a client to read its answer before the connection goes
 MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
+AT_THE_DOOR = 1  # seconds that a stopping worker lets a new connection's first request be on its way
 HESITATION = 0.0002  # seconds: without it one worker may take all that come, and keep them
 STALL = 10  # seconds a thread waits for a client that does not read, or sends less than it said
 
@@ -58,17 +60,45 @@ _STATUS_OF = {
 
 
 class Response(wsgi.Response):
-    """gunicorn's, which does not say whose it is, and whose thread leads no more while a client reads slowly."""
+    """gunicorn's in one packet, which does not say whose it is, nor keeps the lead while a client reads slowly."""
 
-    def write(self, arg: bytes) -> None:
-        """gunicorn's; what is larger than the socket's buffer is waited for."""
-        if len(arg) > MAX_BODY or not _takes_more(self.sock):
-            waiting.step_aside()
-        super().write(arg)
+    _head = b""
 
     def default_headers(self) -> list[str]:
         """gunicorn's first lines, without `Server`."""
         return [line for line in super().default_headers() if not line.startswith("Server:")]
+
+    def send_headers(self) -> None:
+        """Have them ready to go with the body: a packet of their own costs as much as parsing a request."""
+        if not self.headers_sent:
+            lines = [
+                *self.default_headers(),
+                *(f"{name}: {value}\r\n" for name, value in self.headers),
+                "\r\n",
+            ]
+            self._head = "".join(lines).encode("latin-1")
+            self.headers_sent = True
+
+    def _emit_body(self, data: bytes) -> None:
+        if self.chunked:
+            self._flush()
+            super()._emit_body(data)
+        else:
+            self._flush(data)
+
+    def close(self) -> None:
+        """gunicorn's, after what has no body to go with."""
+        self.send_headers()
+        self._flush()
+        super().close()
+
+    def _flush(self, data: bytes = b"") -> None:
+        head, self._head = self._head, b""
+        if not head and not data:
+            return
+        if len(data) > MAX_BODY or not _takes_more(self.sock):
+            waiting.step_aside()
+        self.sock.sendall(head + data)
 
 
 # gunicorn has no setting for it: its `wsgi.create` makes whatever goes by this name.
@@ -213,6 +243,7 @@ class Worker(ThreadWorker):
         self._ready: deque[Connection] = deque()
         self._lead = threading.Lock()
         self._mine = threading.local()
+        self._door_closed_at = math.inf
 
     def run(self) -> None:
         """Let every thread have its turn until the worker stops; then gunicorn's own `run` winds down."""
@@ -265,16 +296,33 @@ class Worker(ThreadWorker):
             self._mine.is_leading = False
             self._lead.release()
 
-    def accept(self, listener: socket.socket) -> None:
-        """gunicorn's, with a Connection of ours; a worker that has some lets an idle one be quicker."""
-        if self.nr_conns:
+    def accept(self, listener: socket.socket) -> bool:
+        """gunicorn's, with a Connection of ours; returns whether there may be another."""
+        if self.nr_conns and self.alive:
             time.sleep(HESITATION)
         try:
             sock, client = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+        except BlockingIOError:
+            return False
+        except ConnectionAbortedError:
+            return True
         self.nr_conns += 1
         self.enqueue_req(Connection(self, sock, client))
+        return True
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """gunicorn's, and at the stop take in who stands at the door, then close it.
+
+        Left open, it would let clients connect that nobody answers, and reset them in the end.
+        """
+        super().set_accept_enabled(enabled)
+        if self.alive or self._door_closed_at < math.inf:
+            return
+        self._door_closed_at = time.monotonic()
+        for listener in self.sockets:
+            while self.accept(listener):
+                pass
+            listener.close()
 
     def enqueue_req(self, conn: Connection) -> None:
         """There is something to read from it, or left of what was read."""
@@ -338,9 +386,9 @@ class Worker(ThreadWorker):
             self.enqueue_req(conn)
 
     def murder_pending(self) -> None:
-        """End the waits that have lasted too long; all of them that nothing came of when the worker stops."""
+        """End the waits that have lasted too long; soon all that nothing came of when the worker stops."""
         now = time.monotonic()
-        if not self.alive:
+        if not self.alive and now > self._door_closed_at + AT_THE_DOOR:
             self._deadlines = [entry for entry in self._deadlines if not self._end_idle(*entry)]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
