@@ -9,6 +9,7 @@ import math
 import re
 import select
 import selectors
+import signal
 import socket
 import struct
 import threading
@@ -60,8 +61,9 @@ _STATUS_OF = {
 
 
 class Response(wsgi.Response):
-    """gunicorn's in one packet, which does not say whose it is, nor keeps the lead while a client reads slowly."""
+    """gunicorn's in one packet, without its name; its thread does not lead on while a client reads slowly."""
 
+    headers_sent: bool
     _head = b""
 
     def default_headers(self) -> list[str]:
@@ -236,6 +238,8 @@ class Worker(ThreadWorker):
     lock of Python's. A leader that is about to wait steps aside, and one of the others leads.
     """
 
+    alive: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadlines: list[tuple[float, int, Connection]] = []
@@ -244,6 +248,12 @@ class Worker(ThreadWorker):
         self._lead = threading.Lock()
         self._mine = threading.local()
         self._door_closed_at = math.inf
+
+    def init_signals(self) -> None:
+        """gunicorn's, but they end the main thread's wait for the lead: Python runs its handlers there."""
+        super().init_signals()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.siginterrupt(number, True)
 
     def run(self) -> None:
         """Let every thread have its turn until the worker stops; then gunicorn's own `run` winds down."""
