@@ -216,6 +216,12 @@ class Connection(TConn):
             super().close()
 
 
+class _Mine(threading.local):
+    """What each thread knows of itself."""
+
+    is_leading = False
+
+
 class Done(NamedTuple):
     """How a request ended, as gunicorn's worker asks a future of its thread pool."""
 
@@ -246,7 +252,7 @@ class Worker(ThreadWorker):
         self._counter = itertools.count()
         self._ready: deque[Connection] = deque()
         self._lead = threading.Lock()
-        self._mine = threading.local()
+        self._mine = _Mine()
         self._door_closed_at = math.inf
 
     def init_signals(self) -> None:
