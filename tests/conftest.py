@@ -29,14 +29,19 @@ from models import db
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
 OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 
-# `make test` tries the same few examples each time; LANYARD_PROPERTIES=long looks for new ones.
-_EXAMPLES: dict[str, Any] = {"deadline": None, "database": None, "print_blob": False, "report_multiple_bugs": False}
+# `make test` tries the same few examples each time; HYPOTHESIS_PROFILE=long looks for new ones.
+_EXAMPLES: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "print_blob": False,
+    "report_multiple_bugs": False,
+}
 _EXAMPLES["suppress_health_check"] = [HealthCheck.too_slow, HealthCheck.data_too_large]
 hypothesis_settings.register_profile(
     "short", max_examples=15, stateful_step_count=25, derandomize=True, **_EXAMPLES
 )
 hypothesis_settings.register_profile("long", max_examples=1000, stateful_step_count=50, **_EXAMPLES)
-hypothesis_settings.load_profile(os.environ.get("LANYARD_PROPERTIES", "short"))
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 @pytest.fixture(scope="session")
