@@ -134,12 +134,13 @@ def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Remove one client secret at once."""
     with writing():
-        statement = _live_secrets(_find(agent_id)).where(ClientSecret.id == secret_id)
-        secret = db.session.scalar(statement)
+        agent = _find(agent_id)
+        secret = db.session.scalar(_live_secrets(agent).where(ClientSecret.id == secret_id))
         if secret is None:
             raise Problem(404, "not_found", "This agent has no live secret with this id.")
         db.session.delete(secret)
-        events.record("agent.updated", _find(agent_id), changed=["secrets"])
+        agent.updated_at = clock.now()
+        events.record("agent.updated", agent, changed=["secrets"])
 
 
 @self_service.get("")

@@ -19,14 +19,31 @@ import pytest
 import requests
 from flask import Flask, Response, request_finished
 from flask.testing import FlaskClient
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from werkzeug.test import TestResponse
 
 import clock
 from app import create_app
 from config import HERE, Settings
+from models import db
 
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
 OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+
+# `make test` tries the same few examples each time; HYPOTHESIS_PROFILE=long looks for new ones.
+_EXAMPLES: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "print_blob": False,
+    "report_multiple_bugs": False,
+}
+_EXAMPLES["suppress_health_check"] = [HealthCheck.too_slow, HealthCheck.data_too_large]
+hypothesis_settings.register_profile(
+    "short", max_examples=15, stateful_step_count=25, derandomize=True, **_EXAMPLES
+)
+hypothesis_settings.register_profile("long", max_examples=1000, stateful_step_count=50, **_EXAMPLES)
+hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 class Watch(logging.Handler):
@@ -71,6 +88,23 @@ def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first-start")
     create_app(settings_for(folder), serving=True)
     return folder / "lanyard.db"
+
+
+@pytest.fixture(scope="session")
+def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a key that signs in no time, for tests that sign a thousand tokens."""
+    folder = tmp_path_factory.mktemp("quick-start")
+    close(create_app(settings_for(folder, SIGNING_ALG="ES256"), serving=True))
+    return folder / "lanyard.db"
+
+
+def close(app: Flask) -> None:
+    """Let go of the app's connections, when a test makes more apps than files may be open."""
+    with app.app_context():
+        db.engine.dispose()
+    kept = getattr(app.extensions["lanyard.prepared"], "connection", None)
+    if kept is not None:
+        kept.dbapi_connection.close()
 
 
 def settings_for(folder: Path, **variables: str) -> Settings:

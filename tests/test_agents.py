@@ -459,6 +459,16 @@ def test_a_secret_can_be_removed_at_once(
     assert operator.call("DELETE", f"{path}/{old['id']}").status_code == 404
 
 
+def test_removing_a_secret_is_an_update_of_the_agent(
+    operator: Operator, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    path = f"/{agent['agent']['id']}/secrets"
+    secret = operator.call("GET", path).json["secrets"][0]
+    time_machine.advance(seconds=5)
+    operator.call("DELETE", f"{path}/{secret['id']}")
+    assert operator.get(agent)["updated_at"] == time_machine.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def test_a_secret_of_another_agent_is_not_found(operator: Operator, agent: dict[str, Any]) -> None:
     other = operator.create()
     theirs = operator.call("GET", f"/{other['agent']['id']}/secrets").json["secrets"][0]
