@@ -28,7 +28,9 @@ import management
 import metadata
 import models
 import oauth
+import openapi
 import prepared
+import reference
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
@@ -116,6 +118,8 @@ def about() -> dict[str, Any]:
             "metadata": "/.well-known/oauth-authorization-server",
             "health": "/health",
             "ready": "/health/ready",
+            "openapi": "/openapi.json",
+            "docs": "/docs",
         },
     }
 
@@ -140,7 +144,7 @@ def _register_routes(app: Flask) -> None:
         app.register_blueprint(blueprint)
     for blueprint in (agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
-    for blueprint in (management.keys_room, management.event_log):
+    for blueprint in (management.keys_room, management.event_log, openapi.blueprint, reference.blueprint):
         app.register_blueprint(blueprint)
 
 

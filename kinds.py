@@ -26,6 +26,10 @@ class Text(fields.String):
         super().__init__(**kwargs)
         self.validators = [Length(min=min, max=max), *self.validators]
         self._lines = lines
+        # The rules of _deserialize once more, as OpenAPI tells them (ECMA 262).
+        control = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f" if lines else r"\x00-\x1f\x7f"
+        visible = rf"[^{control}]*[^\s{control}][^{control}]*"
+        self.pattern = rf"^{visible}$" if min else rf"^({visible})?$"
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, attr, data, **kwargs)
@@ -81,6 +85,7 @@ def audience() -> Text:
     """An audience: RFC 8707 §2's absolute URI without a fragment, or a plain name."""
     return Text(
         max=255,
+        metadata={"pattern": r"^[!$-;=?-\[\]-~]+$"},  # both rules below in one, for the document
         validate=[
             Regexp(r"[\x21-\x7e]+\Z", error="Must be printable ASCII without spaces."),
             ContainsNoneOf('#"\\<>', error="Must be an absolute URI without a fragment, or a plain name."),
