@@ -140,11 +140,12 @@ def ready() -> dict[str, str]:
 
 
 def _register_routes(app: Flask) -> None:
-    for blueprint in (service, oauth.blueprint, metadata.blueprint):
+    # In the order in which the documents tell of them.
+    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
-    for blueprint in (agents.management, agents.self_service, webhooks.room):
+    for blueprint in (management.keys_room, management.event_log, metadata.blueprint, service):
         app.register_blueprint(blueprint)
-    for blueprint in (management.keys_room, management.event_log, openapi.blueprint, reference.blueprint):
+    for blueprint in (openapi.blueprint, reference.blueprint):
         app.register_blueprint(blueprint)
 
 

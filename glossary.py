@@ -202,6 +202,14 @@ EXAMPLES: dict[str, Any] = {
             ("revocation", "revoke"),
         )
     },
+    **{
+        f"{name}_endpoint_auth_methods_supported": ["client_secret_basic", "private_key_jwt"]
+        for name in ("token", "introspection", "revocation")
+    },
+    **{
+        f"{name}_endpoint_auth_signing_alg_values_supported": ["RS256", "ES256"]
+        for name in ("token", "introspection", "revocation")
+    },
     "jwks_uri": f"{_ISSUER}/.well-known/jwks.json",
 }
 

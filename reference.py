@@ -138,5 +138,4 @@ class View:
     @staticmethod
     def prose(text: str) -> Markup:
         """Text with its `code` marked."""
-        marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-        return Markup("<br>".join(marked.split("\n\n")))  # noqa: S704 - escaped above
+        return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped

@@ -74,16 +74,16 @@ class AgentQuery(PageQuery):
     """`GET /api/agents`: filters."""
 
     is_active = fields.Boolean(load_default=None)
-    scope = Text(max=128, load_default=None)
-    owner = Text(max=256, load_default=None)
+    scope = Text(min=0, max=128, load_default=None)
+    owner = Text(min=0, max=256, load_default=None)
     stale_days = fields.Integer(load_default=None, validate=Range(1, 36_525))
-    q = Text(max=128, load_default=None)
+    q = Text(min=0, max=128, load_default=None)
 
 
 class EventQuery(PageQuery):
     """`GET /api/events`: filters."""
 
-    agent_id = Text(max=36, load_default=None)
+    agent_id = Text(min=0, max=36, load_default=None)
     type = fields.String(load_default=None, validate=OneOf(events.TYPES + events.GROUPS))
 
 
@@ -238,11 +238,16 @@ def _subscriptions(**options: Any) -> fields.List[str]:
     return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **options)
 
 
+def _url(**options: Any) -> Text:
+    # wall.parse says more of it: this is for the document.
+    return Text(max=2048, metadata={"format": "uri", "pattern": r"^https?://[!$-;=?-\[\]_a-z~]+$"}, **options)
+
+
 class WebhookFields(Schema):
     """What an operator may say of a webhook."""
 
     name = Text(max=128)
-    url = Text(max=2048)
+    url = _url()
     events = _subscriptions()
     max_retries = Whole(validate=Range(0, 9))
 
@@ -251,7 +256,7 @@ class WebhookCreate(WebhookFields):
     """A new webhook."""
 
     name = Text(max=128, required=True)
-    url = Text(max=2048, required=True)
+    url = _url(required=True)
     events = _subscriptions(required=True)
 
 
