@@ -135,7 +135,8 @@ def ready() -> dict[str, str]:
     """Answers 200 when the database gives a write lock and there is a key to sign with."""
     with database.writing(durable=False) as connection:
         if connection.scalar(sa.select(models.SigningKey.kid).limit(1)) is None:
-            raise Problem(503, "temporarily_unavailable", "There is no signing key.")
+            headers = {"Retry-After": "1"}
+            raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
     return {"status": "ready"}
 
 
