@@ -121,13 +121,13 @@ class View:
         choices = operation.get("security", [{}])
         if {} not in choices:
             token = "ADMIN_TOKEN" if "adminToken" in choices[0] else "TOKEN"
-            parts.append(f'-H "Authorization: Bearer ${token}"')
+            parts.append(f'\\\n  -H "Authorization: Bearer ${token}"')
         if "requestBody" in operation:
             media = operation["requestBody"]["content"][openapi.JSON]
             example = next(iter(media["examples"].values()))["value"]
             if example:
                 body = shlex.quote(json.dumps(example))
-                parts.append(f"-H 'Content-Type: application/json' \\\n  -d {body}")
+                parts.append(f"\\\n  -H 'Content-Type: application/json' -d {body}")
         return " ".join(parts)
 
     @staticmethod
