@@ -122,8 +122,10 @@ _NUMBER = {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}  # base64url, RFC 75
 
 
 def _jwk(kty: str, *numbers: str, **members: Any) -> dict[str, Any]:
-    told = {"kty": {"const": kty}, **members, **dict.fromkeys(numbers, _NUMBER)}
-    return {"type": "object", "required": list(told), "properties": {**told, "use": {"const": "sig"}}}
+    told: dict[str, Any] = {"kty": {"const": kty}, **members, **dict.fromkeys(numbers, _NUMBER)}
+    required = list(told)
+    told |= {"use": {"const": "sig"}, "d": {"not": {}}}  # a `d` makes a private key
+    return {"type": "object", "required": required, "properties": told}
 
 
 _JWKS = [
