@@ -20,7 +20,8 @@ from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
-
+# An id is a UUID. `me` is shorter: what it does not answer is a 405, and not the operator's business.
+_ONE = "/<string(minlength=3):agent_id>"
 
 management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")
 management.before_request(bearer.require_operator)
@@ -56,14 +57,14 @@ def list_agents(query: dict[str, Any]) -> dict[str, Any]:
     return {"agents": page, "next": following}
 
 
-@management.get("/<agent_id>")
+@management.get(_ONE)
 @management.response(200, schemas.AgentAnswer)
 def show_agent(agent_id: str) -> dict[str, Agent]:
     """One agent."""
     return {"agent": _find(agent_id)}
 
 
-@management.route("/<agent_id>", methods=["PATCH", "PUT"])
+@management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
 @management.response(200, schemas.AgentAnswer)
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
@@ -75,7 +76,7 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     return {"agent": agent}
 
 
-@management.delete("/<agent_id>")
+@management.delete(_ONE)
 @management.response(204)
 def delete_agent(agent_id: str) -> None:
     """Delete the agent and all its tokens."""
@@ -83,7 +84,7 @@ def delete_agent(agent_id: str) -> None:
         delete(_find(agent_id))
 
 
-@management.post("/<agent_id>")
+@management.post(_ONE)
 @management.arguments(schemas.Action)
 @management.response(200)
 def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     return changed
 
 
-@management.post("/<agent_id>/rotate")
+@management.post(_ONE + "/rotate")
 @management.arguments(schemas.Rotate)
 @management.response(200, schemas.Rotated)
 def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
@@ -105,7 +106,7 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
     return _rotate_by_operator(agent_id, fields)
 
 
-@management.post("/<agent_id>/deactivate")
+@management.post(_ONE + "/deactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
@@ -113,7 +114,7 @@ def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     return _change(agent_id, deactivate)
 
 
-@management.post("/<agent_id>/reactivate")
+@management.post(_ONE + "/reactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
@@ -121,7 +122,7 @@ def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     return _change(agent_id, reactivate)
 
 
-@management.get("/<agent_id>/secrets")
+@management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
 def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
     """The agent's live client secrets, without their text."""
@@ -129,7 +130,7 @@ def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
     return {"secrets": db.session.scalars(statement).all()}
 
 
-@management.delete("/<agent_id>/secrets/<secret_id>")
+@management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Remove one client secret at once."""

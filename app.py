@@ -30,7 +30,9 @@ import management
 import metadata
 import models
 import oauth
+import openapi
 import prepared
+import reference
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
@@ -120,6 +122,8 @@ def about() -> dict[str, Any]:
             "metadata": "/.well-known/oauth-authorization-server",
             "health": "/health",
             "ready": "/health/ready",
+            "openapi": "/openapi.json",
+            "docs": "/docs",
         },
     }
 
@@ -135,16 +139,18 @@ def ready() -> dict[str, str]:
     """Answers 200 when the database gives a write lock and there is a key to sign with."""
     with database.writing(durable=False) as connection:
         if connection.scalar(sa.select(models.SigningKey.kid).limit(1)) is None:
-            raise Problem(503, "temporarily_unavailable", "There is no signing key.")
+            headers = {"Retry-After": "1"}
+            raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
     return {"status": "ready"}
 
 
 def _register_routes(app: Flask) -> None:
-    for blueprint in (service, oauth.blueprint, metadata.blueprint):
+    # In the order in which the documents tell of them.
+    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
-    for blueprint in (agents.management, agents.self_service, webhooks.room):
+    for blueprint in (management.keys_room, management.event_log, metadata.blueprint, service):
         app.register_blueprint(blueprint)
-    for blueprint in (management.keys_room, management.event_log):
+    for blueprint in (openapi.blueprint, reference.blueprint):
         app.register_blueprint(blueprint)
 
 

@@ -26,6 +26,10 @@ class Text(fields.String):
         super().__init__(**kwargs)
         self.validators = [Length(min=min, max=max), *self.validators]
         self._lines = lines
+        # The rules of _deserialize once more, as OpenAPI tells them (ECMA 262).
+        control = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f" if lines else r"\x00-\x1f\x7f"
+        visible = rf"[^{control}]*[^\s{control}][^{control}]*"
+        self.pattern = rf"^{visible}$" if min else rf"^({visible})?$"
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, attr, data, **kwargs)
@@ -81,6 +85,7 @@ def audience() -> Text:
     """An audience: RFC 8707 §2's absolute URI without a fragment, or a plain name."""
     return Text(
         max=255,
+        metadata={"pattern": r"^[!$-;=?-\[\]-~]+$"},  # both rules below in one, for the document
         validate=[
             Regexp(r"[\x21-\x7e]+\Z", error="Must be printable ASCII without spaces."),
             ContainsNoneOf('#"\\<>', error="Must be an absolute URI without a fragment, or a plain name."),
@@ -100,15 +105,16 @@ class PublicKeys(fields.Field[dict[str, Any]]):
 
 
 def _public_jwk(jwk: Any) -> dict[str, Any]:
+    # RFC 7517 §9.2: a private or symmetric key has no business here. It is refused unread, for to read
+    # an RSA key without its primes is to look for them, which may take minutes.
+    if isinstance(jwk, dict) and (jwk.get("kty") == "oct" or "d" in jwk):
+        raise ValidationError("Holds a private or symmetric key: send public keys only.")
     try:
         with warnings.catch_warnings(action="error"):  # joserfc only warns of short RSA keys
             key = import_key(jwk)
         parsed: dict[str, Any] = dict(key.as_dict())
     except Exception:  # cryptography and joserfc raise many kinds for a bad key
         raise ValidationError("Holds a key that cannot be read, or an RSA key under 2048 bits.") from None
-    # RFC 7517 §9.2: a private or symmetric key has no business here.
-    if key.key_type == "oct" or key.is_private:
-        raise ValidationError("Holds a private or symmetric key: send public keys only.")
     if (key.key_type, parsed.get("crv")) not in _ASSERTION_KEYS or parsed.get("use", "sig") != "sig":
         raise ValidationError("Keys must be for signatures: RSA, EC P-256 or OKP Ed25519.")
     # No more than verifying needs: an operator's own members may be as deep as JSON gets.

@@ -36,19 +36,19 @@ class Metadata(AuthorizationServerMetadata):
 @blueprint.get("/.well-known/openid-configuration")
 def authorization_server() -> Response:
     """RFC 8414; many clients look for it only where OpenID Connect has it."""
-    return _answer(_document(_metadata, settings()), MAX_AGE)
+    return answer(document(_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/oauth-protected-resource")
 def protected_resource() -> Response:
     """RFC 9728: who gives out the tokens that Lanyard's own API takes."""
-    return _answer(_document(_resource_metadata, settings()), MAX_AGE)
+    return answer(document(_resource_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/jwks.json")
 def jwks() -> Response:
     """The public keys (RFC 7517 §5)."""
-    return _answer(_document(_key_set, keys.published()), keys.JWKS_MAX_AGE)
+    return answer(document(_key_set, keys.published()), keys.JWKS_MAX_AGE)
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -100,15 +100,20 @@ def _key_set(published: tuple[str, ...]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _document(make: Callable[[Any], dict[str, Any]], of: Hashable) -> tuple[bytes, str]:
+def document(make: Callable[[Any], dict[str, Any]], of: Hashable) -> tuple[bytes, str]:
     """The document and its ETag, made once for what it tells of."""
-    body = json.dumps(make(of)).encode() + b"\n"
+    return stamped(json.dumps(make(of)).encode() + b"\n")
+
+
+def stamped(body: bytes) -> tuple[bytes, str]:
+    """A body and its ETag."""
     return body, sha256(body).hexdigest()[:32]
 
 
-def _answer(document: tuple[bytes, str], max_age: int) -> Response:
+def answer(document: tuple[bytes, str], max_age: int, mimetype: str = "application/json") -> Response:
+    """Answer a document, or 304 to who has it already; `max_age` is in seconds."""
     body, etag = document
-    response = Response(body, mimetype="application/json")
+    response = Response(body, mimetype=mimetype)
     response.headers["Cache-Control"] = f"public, max-age={max_age}"
     response.set_etag(etag)
     if request.if_none_match:

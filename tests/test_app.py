@@ -36,6 +36,7 @@ def test_not_ready_without_a_signing_key(app: Flask, client: FlaskClient) -> Non
         db.session.query(SigningKey).delete()
     response = client.get("/health/ready")
     assert (response.status_code, response.json["error"]) == (503, "temporarily_unavailable")
+    assert response.headers["Retry-After"] == "1"
 
 
 @pytest.mark.parametrize(

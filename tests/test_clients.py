@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from base64 import b64encode
+import time
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable
 from typing import Any
 
@@ -422,6 +423,16 @@ def test_a_key_that_is_private_or_no_good_is_refused(operator: Operator, make: C
     assert list(response.json["fields"]) == ["jwks"]
     if isinstance(jwk, dict) and "d" in jwk:
         assert json.dumps(jwk["d"]) not in response.text
+
+
+def test_a_private_key_is_refused_without_a_search_for_its_primes(operator: Operator) -> None:
+    """Which takes seconds of a core for this one."""
+    number = urlsafe_b64encode(b"\xff" * 2048).decode().rstrip("=")
+    jwk = {"kty": "RSA", "n": number, "e": "AQAB", "d": number}
+    began = time.monotonic()
+    response = operator.call("POST", json={"name": "x", "jwks": {"keys": [jwk]}})
+    assert time.monotonic() < began + 1
+    assert "private" in response.json["fields"]["jwks"][0]
 
 
 @pytest.mark.parametrize("jwks", [[], {}, {"keys": []}, {"keys": {}}, {"keys": [], "x": 1}, "x", 5])

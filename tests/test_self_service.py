@@ -135,3 +135,12 @@ def test_an_unknown_field_is_named_and_nothing_happens(
     assert response.status_code == 400
     assert response.json["fields"] == {"force": ["Unknown field."]}
     assert ask_token(client, agent).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_another_method_on_oneself_is_a_405_and_not_the_operators(
+    client: FlaskClient, token: dict[str, Any], method: str
+) -> None:
+    response = client.open("/api/agents/me", method=method, json={}, headers=bearer(token))
+    assert (response.status_code, response.json["error"]) == (405, "method_not_allowed")
+    assert set(response.headers["Allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
