@@ -23,7 +23,7 @@ import events
 import vault
 import wall
 from config import DAY, VERSION, settings
-from database import writing
+from database import may_pass, writing
 from models import Delivery, Event, Webhook, db
 
 log = logging.getLogger("lanyard")
@@ -112,8 +112,8 @@ class Deliverer:
                             with self._lock:
                                 self._flying[parcel.delivery] = parcel
                             pool.submit(self._attempt, parcel)
-                except Exception:
-                    log.exception("The outbox cannot be read.")
+                except Exception as error:
+                    _complain("The outbox cannot be read", error)
                     self._stopping.wait(REST)
                 # A delivery that is done makes room for the next at once.
                 self._landed.wait(POLL)
@@ -140,14 +140,20 @@ class Deliverer:
             with self._app.app_context():
                 outcome = _send(parcel)
                 _settle(parcel, outcome)
-        except Exception:
+        except Exception as error:
             # It stays due, but a full disk must not make it go out again and again.
-            log.exception("How a delivery went cannot be written down.")
+            _complain("How a delivery went cannot be written down", error)
             self._stopping.wait(REST)
         finally:
             with self._lock:
                 self._flying.pop(parcel.delivery, None)
             self._landed.set()
+
+
+def _complain(what: str, error: Exception) -> None:
+    # Where the database failed is no news when it is locked or full: one line will do.
+    passing = isinstance(error, sa.exc.OperationalError) and may_pass(error)
+    log.error("%s: %s", what, getattr(error, "orig", error), exc_info=None if passing else error)
 
 
 def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:

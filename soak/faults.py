@@ -81,11 +81,7 @@ def _garbage_header(path: Path) -> None:
 
 
 def _truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _torn(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1000)
+    os.truncate(path, path.stat().st_size // 2 + 1000)
 
 
 def _page_overwritten(path: Path) -> None:
@@ -96,7 +92,6 @@ def _page_overwritten(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "garbage header": _garbage_header,
     "truncated": _truncated,
-    "last page torn": _torn,
     "page overwritten": _page_overwritten,
 }
 

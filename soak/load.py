@@ -9,20 +9,20 @@ from typing import Self
 
 from ledger import REFUSED, Agent, Caller, Change, Ledger, Tally
 
-CLIENTS = 8
 KEPT = 3  # agents that a client has at a time
 PAUSE = 0.05  # seconds before asking again when nobody listens
-WEIGHTS = {"token": 4, "refresh": 4, "read": 2, "rotate": 2, "deactivate": 1, "delete": 1}
+WEIGHTS = {"token": 4, "refresh": 4, "rotate": 2, "deactivate": 1, "delete": 1}
 
 
 class Load:
     """Runs while the `with` block does; whatever happens in there happens under load."""
 
-    def __init__(self, ledger: Ledger, tally: Tally, clients: int = CLIENTS) -> None:
+    def __init__(self, ledger: Ledger, tally: Tally, clients: int) -> None:
         self._ledger = ledger
         self._tally = tally
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self._threads.append(threading.Thread(target=self._read))
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -47,6 +47,13 @@ class Load:
             raise
         finally:
             change.caller.session.close()
+
+    def _read(self) -> None:
+        """One more client, that only asks: it finds out whether those that write keep others waiting."""
+        change = Change(self._ledger, Caller(self._ledger.server, self._tally))
+        while not self._stopping.wait(PAUSE):
+            change.read()
+        change.caller.session.close()
 
     def _step(self, change: Change, mine: list[Agent]) -> str | None:
         """One change of one agent; returns how it was answered."""

@@ -46,14 +46,16 @@ class Server:
         return self
 
     def wait(self) -> Server:
-        """Return when it answers; raise RuntimeError when it does not within 20 seconds."""
-        until = time.monotonic() + 20
+        """Return when it answers; raise RuntimeError when it does not within a minute."""
+        until = time.monotonic() + 60
         while time.monotonic() < until and self.process.poll() is None:
             try:
                 requests.get(f"{self.url}/health", timeout=5)
-                return self
-            except requests.ConnectionError:
-                time.sleep(0.02)
+                if len(self.workers()) == WORKERS:
+                    return self
+            except requests.RequestException:
+                pass
+            time.sleep(0.02)
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-2000:]}")
 
     def workers(self) -> list[int]:

@@ -57,8 +57,8 @@ def on_any_disk() -> list[Callable[[Stage], Scene]]:
         partial(scenes.reload, times=3, seconds=1),
         partial(scenes.locked, times=1, seconds=30),
         partial(scenes.read_only, times=2, seconds=3),
-        # Long enough for a sweep of what has expired at each stop.
-        partial(scenes.clock_jumps, seconds=4),
+        # Long enough that what has expired is swept at each stop.
+        partial(scenes.clock_jumps, seconds=10.5),
     ]
 
 

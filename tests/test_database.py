@@ -7,6 +7,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ def test_a_database_locked_for_long_is_a_503(
     assert operator.call("GET").status_code == 200, "reading goes on"
     other.close()
     assert operator.call("POST", json={"name": "x"}).status_code == 201
+
+
+def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
+    make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.6)
+    monkeypatch.setattr(database, "SHORT_TIMEOUT", 0.05)
+    operator = Operator(make_app())
+    waited = []
+    for _ in range(2):
+        other = lock(tmp_path)
+        for _ in range(2):
+            started = time.monotonic()
+            assert operator.call("POST", json={"name": "x"}).status_code == 503
+            waited.append(time.monotonic() - started > 0.5)
+        other.close()
+        assert operator.call("POST", json={"name": "x"}).status_code == 201
+    assert waited == [True, False, True, False]
 
 
 def test_an_error_rolls_everything_back(app: Flask) -> None:
