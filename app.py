@@ -26,9 +26,11 @@ import housekeeping
 import keys
 import management
 import metadata
+import metrics
 import models
 import oauth
 import prepared
+import tally
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
@@ -76,6 +78,8 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     _register_routes(app)
     _register_error_handlers(app)
     app.after_request(_do_not_store)
+    metrics.init_app(app)
+    tally.init_app(app, settings)
     return app
 
 
@@ -116,6 +120,7 @@ def about() -> dict[str, Any]:
             "metadata": "/.well-known/oauth-authorization-server",
             "health": "/health",
             "ready": "/health/ready",
+            "metrics": "/metrics",
         },
     }
 
@@ -140,7 +145,7 @@ def _register_routes(app: Flask) -> None:
         app.register_blueprint(blueprint)
     for blueprint in (agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
-    for blueprint in (management.keys_room, management.event_log):
+    for blueprint in (management.keys_room, management.event_log, metrics.room):
         app.register_blueprint(blueprint)
 
 
