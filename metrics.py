@@ -124,7 +124,7 @@ class _Service(Collector):
         yield Info("lanyard_build", "What runs.", info)
         board = tally().board
         yield Gauge("lanyard_start_time_seconds", "When the server started, in Unix time.", tally().began_at)
-        taken = processes.of_service(board.maker, board.processes())
+        taken = processes.of_service(board.maker, board.processes() | {os.getpid()})
         if taken is None:
             return
         text = "The server's processes: gunicorn's first one, and its workers that were ever busy."
