@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer
+from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, free_port
 from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
 import metrics
 from credentials import SecretChecker, new_client_id
+from deliverer import Deliverer
 from models import Delivery, Webhook, db
 
 maker = SecretChecker(cost=4)
@@ -175,6 +176,27 @@ def test_webhook_deliveries_are_counted(app: Flask, client: FlaskClient, time_ma
         db.session.execute(db.update(Webhook).values(is_active=False))
         db.session.commit()
     assert scrape(client)["lanyard_webhook_delivery_overdue_seconds",] == 0
+
+
+def test_attempts_at_deliveries_are_counted(make_app: Callable[..., Flask]) -> None:
+    app = make_app(WEBHOOK_ALLOW_PRIVATE="1")
+    client = app.test_client()
+    hook = {"name": "h", "url": f"http://127.0.0.1:{free_port()}/", "events": ["agent.*"], "max_retries": 0}
+    client.post("/api/webhooks", json=hook, headers=OPERATOR)
+    client.post("/api/agents", json={"name": "x"}, headers=OPERATOR)
+    deliverer = Deliverer(app)
+    deliverer.start()
+    try:
+        until = time.monotonic() + 10
+        while not scrape(client)["lanyard_webhook_attempts_total", "dead"] and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        deliverer.stop()
+    found = scrape(client)
+    attempts = [
+        found["lanyard_webhook_attempts_total", status] for status in ("delivered", "retrying", "dead")
+    ]
+    assert attempts == [0, 0, 1]
 
 
 def test_the_signing_keys_moments_are_there(client: FlaskClient, time_machine: Clock) -> None:
