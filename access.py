@@ -11,6 +11,7 @@ from flask import Flask, current_app, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import credentials
+import tally
 import throttle
 from config import Settings, check_admin_token, settings
 from wire import Problem, parse_authorization
@@ -66,6 +67,7 @@ def _is_admin_token(text: str) -> bool:
     guess = throttle.Guess("admin", known=True)
     guess.refuse_if_throttled()
     if not is_right:
+        tally.count_failure("admin_token")
         guess.failed()
     return is_right
 

@@ -28,11 +28,13 @@ import journal
 import keys
 import management
 import metadata
+import metrics
 import models
 import oauth
 import openapi
 import prepared
 import reference
+import tally
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
@@ -82,6 +84,8 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     cli.init_app(app)
     _register_routes(app)
     _register_error_handlers(app)
+    metrics.init_app(app)
+    tally.init_app(app, settings)
     return app
 
 
@@ -122,6 +126,7 @@ def about() -> dict[str, Any]:
             "metadata": "/.well-known/oauth-authorization-server",
             "health": "/health",
             "ready": "/health/ready",
+            "metrics": "/metrics",
             "openapi": "/openapi.json",
             "docs": "/docs",
         },
@@ -150,7 +155,7 @@ def _register_routes(app: Flask) -> None:
         app.register_blueprint(blueprint)
     for blueprint in (management.keys_room, management.event_log, metadata.blueprint, service):
         app.register_blueprint(blueprint)
-    for blueprint in (openapi.blueprint, reference.blueprint):
+    for blueprint in (metrics.room, openapi.blueprint, reference.blueprint):
         app.register_blueprint(blueprint)
 
 

@@ -20,6 +20,7 @@ import access
 import clock
 import events
 import keys
+import tally
 from config import Settings, settings
 from models import Agent, RevokedToken, SigningKey, is_live
 from prepared import Prepared
@@ -182,6 +183,7 @@ def _require(scope: str | None) -> None:
         token = protector.validate_request([scope] if scope else None, request)
         g.agent, g.scopes = token.agent, token.scopes
     except InvalidTokenError:
+        tally.count_failure("access_token")
         raise _challenge(401, "invalid_token", _INVALID) from None
     except InsufficientScopeError:
         text = f"This needs an access token with the scope {scope}."

@@ -22,6 +22,7 @@ from sqlalchemy.dialects.sqlite import insert
 import clock
 import credentials
 import events
+import tally
 import throttle
 from config import settings
 from keys import NEWEST_KEY, Algorithms
@@ -170,6 +171,7 @@ def authenticate(request: OAuth2Request) -> Client:
         events.record_failure(_named_client(request))
         raise
     if not client.is_live:
+        tally.count_failure("inactive_agent")
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.")
     events.caller_is(client.row.id, client.row.client_id)
@@ -197,6 +199,7 @@ def _by_secret(request: OAuth2Request) -> Client:
         raise InvalidRequestError("The client_id in the body is not the one in the Authorization header.")
     client_id, secret = basic or (form.get("client_id"), form.get("client_secret"))
     if not client_id or not secret:
+        tally.count_failure("malformed")
         raise AuthenticationFailed(
             "Send client_id and client_secret, in the body or as HTTP Basic, or a client_assertion."
         )
@@ -210,12 +213,13 @@ def _prove_secret(client_id: str, secret: str) -> Client:
     row = _BY_SECRET.first(client_id=client_id, hint=hint, now=now) if hint else None
     stored = row.hash if row else None
     if not credentials.checker().remembers(secret, stored):
-        _check_secret(client_id, secret, hint, stored)
+        reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
+        _check_secret(client_id, secret, hint, stored, reason)
     return Client(row, now)
 
 
-def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None) -> None:
-    """The costly way, for a secret that this process has not seen right before."""
+def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
+    """The costly way, for a secret that this process has not seen right before; `reason` is why it fails."""
     named = client_id if credentials.is_client_id(client_id) else "-"
     guess = throttle.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
     guess.refuse_if_throttled()
@@ -225,6 +229,7 @@ def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes |
             return
     except credentials.Busy:
         throttle.refuse(1)
+    tally.count_failure(reason)
     guess.failed()
     raise AuthenticationFailed()
 
@@ -239,6 +244,7 @@ def _by_assertion(request: OAuth2Request) -> Client:
         # Nobody guesses a signature, so a right one is never refused: only what fails is counted.
         guess = throttle.Guess("assertion", known=False)
         guess.refuse_if_throttled()
+        tally.count_failure("assertion")
         guess.failed()
         raise
     if client is None:

@@ -20,6 +20,7 @@ from standardwebhooks.webhooks import Webhook as Signer
 
 import clock
 import events
+import tally
 import vault
 import wall
 from config import DAY, VERSION, settings
@@ -273,6 +274,7 @@ def _schedule(delivery: Delivery, webhook: Webhook, outcome: Outcome, now: datet
     else:
         delivery.status = "retrying"
         delivery.next_attempt_at = now + _pause(delivery.attempts, outcome.retry_after, now)
+    tally.count_attempt(delivery.status)
 
 
 def _pause(attempts: int, retry_after: str | None, now: datetime) -> timedelta:

@@ -15,6 +15,7 @@ import bearer
 import clients
 import credentials
 import events
+import tally
 import tokens
 from config import settings
 from prepared import writing
@@ -116,12 +117,14 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
     def revoke_token(self, token: KnownToken, request: OAuth2Request) -> None:
         """End it, in every worker, before the answer."""
         if isinstance(token.agent, clients.Client):
-            tokens.end_family(token.agent, "token.revoked")
+            if tokens.end_family(token.agent, "token.revoked"):
+                tally.count_token("revoked")
             return
         with writing(durable=True) as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
             tokens.revoke(connection, token.facts["jti"], expires_at)
             events.record("token.revoked", token.agent, connection, token="access")
+        tally.count_token("revoked")
 
 
 def _access_token(text: str) -> KnownToken | None:

@@ -21,6 +21,7 @@ from flask import Flask, Request, Response, current_app, jsonify, request
 import clients
 import events
 import introspection
+import tally
 import tokens
 from config import Settings, settings
 from wire import Blueprint, is_text, parse_json, read_body
@@ -196,6 +197,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         """Issue and keep the tokens. Authlib's own would write them to its debug log."""
         token = self.generate_token(scope=self.request.payload.scope)
         tokens.start_family(self.client, token)
+        tally.count_token("issued")
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
 
@@ -223,6 +225,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         """Issue the tokens, and put the new refresh token in the old one's place."""
         token = self.generate_token(scope=self.scope)
         tokens.next_of_family(self.client, token)
+        tally.count_token("refreshed")
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
     def _narrowed_scope(self) -> str:

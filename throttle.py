@@ -12,6 +12,7 @@ from sqlalchemy import bindparam
 from sqlalchemy.dialects.sqlite import insert
 
 import clock
+import tally
 from models import FailedSignIns, Moment
 from prepared import Prepared, writing
 from wire import Problem
@@ -78,6 +79,7 @@ def refuse(seconds: int) -> NoReturn:
 
     :raises Problem: 429 (RFC 6585 §4).
     """
+    tally.count_failure("throttled")
     text = "Too many sign-ins have failed. Try again when Retry-After has passed."
     raise Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
 

@@ -19,6 +19,7 @@ import clock
 import credentials
 import events
 import keys
+import tally
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
@@ -302,6 +303,7 @@ def revoke(connection: sqlite3.Connection, jti: str, expires_at: datetime) -> No
 
 def _end_reused(client: Client) -> NoReturn:
     if end_family(client, "token.reuse_detected"):
+        tally.count_token("reused")
         log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
     raise _no_good()
 

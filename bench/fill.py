@@ -56,7 +56,7 @@ def _agent(pk: int) -> dict[str, Any]:
         "name": f"agent {pk}",
         "scopes": ["read", "write"],
         "audiences": [],
-        "metadata_": {"team": f"team {pk % 50}"},
+        "metadata": {"team": f"team {pk % 50}"},
         "token_endpoint_auth_method": "client_secret_basic",
         "created_at": now,
         "updated_at": now,
