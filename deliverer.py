@@ -42,6 +42,8 @@ REST = 30.0  # seconds to leave be what cannot be read or written
 GONE = 410
 POLL = 0.2  # seconds between looks into the outbox
 LEASE_POLL = 1.0  # seconds between tries to take over from a deliverer that died
+# SQLite's lock knows no queue: many deliveries that wait for it all the time would starve a request.
+_ONE_WRITES = threading.Lock()
 
 
 class Parcel(NamedTuple):
@@ -238,7 +240,7 @@ def _headers(parcel: Parcel) -> dict[str, str]:
 def _settle(parcel: Parcel, outcome: Outcome) -> None:
     """Write down how it went, and when to try again."""
     now = clock.now()
-    with writing(durable=not outcome.is_success):
+    with _ONE_WRITES, writing(durable=not outcome.is_success):
         delivery = db.session.get(Delivery, parcel.delivery)
         webhook = db.session.get(Webhook, parcel.webhook)
         if delivery is None or webhook is None:

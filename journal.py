@@ -13,6 +13,7 @@ from flask import Flask, Response, g, has_app_context, request
 import clock
 from config import Settings
 from events import NOBODY
+from wire import route_name
 
 _lines = logging.getLogger("lanyard.access")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -67,7 +68,7 @@ def _write_down(response: Response) -> Response:
         request_id=g.request_id,
         address=request.remote_addr,
         method=request.method if request.method in _METHODS else None,
-        route=request.url_rule.rule if request.url_rule else None,
+        route=route_name(request.url_rule.rule) if request.url_rule else None,
         path=_harmless_path(response),
         status=response.status_code,
         bytes=_size(response),

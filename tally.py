@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from flask import Flask, current_app, g, has_request_context
 
 from config import Settings
+from wire import route_name
 
 _EXTENSION = "lanyard.tally"
 
@@ -139,7 +140,9 @@ class Tally:
 def init_app(app: Flask, settings: Settings) -> None:
     """Count and time every request of the app, whose routes are all there."""
     routes = [
-        (rule.rule, method) for rule in app.url_map.iter_rules() for method in sorted(rule.methods or ())
+        (route_name(rule.rule), method)
+        for rule in app.url_map.iter_rules()
+        for method in sorted(rule.methods or ())
     ]
     tally = app.extensions[_EXTENSION] = Tally(dict.fromkeys(routes), settings.instance)
     app.wsgi_app = _timed(app.wsgi_app, tally)  # type: ignore[method-assign]
@@ -180,7 +183,11 @@ def _timed(wsgi_app: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
             # The rule, never the raw path: strangers make no new series. Flask drops its request soon after.
             request = environ.get("werkzeug.request")
             rule = request.url_rule if request is not None else None
-            route = (rule.rule, request.method) if request is not None and rule is not None else UNMATCHED
+            route = (
+                (route_name(rule.rule), request.method)
+                if request is not None and rule is not None
+                else UNMATCHED
+            )
             kind = (*route, f"{status[0]}xx")
             return start_response(status, *args, **kwargs)
 

@@ -16,7 +16,7 @@ _CLIENT: list[dict[str, list[str]]] = [{"clientBasic": []}, {}]  # or in the bod
 _ANY_PROOF = [*_CLIENT, {"accessToken": []}, *ADMIN[:2]]
 # Who may call, by blueprint or by operation; anyone unless it is here.
 SECURITY = {
-    **dict.fromkeys(("agents", "webhooks", "keys", "events"), ADMIN),
+    **dict.fromkeys(("agents", "webhooks", "keys", "events", "metrics"), ADMIN),
     "me": [{"accessToken": []}],
     **dict.fromkeys(("token", "refresh"), _CLIENT),
     **dict.fromkeys(("introspect", "revoke"), _ANY_PROOF),
@@ -50,6 +50,7 @@ ANSWERS: dict[str, Any] = {
     "act_on_agent": {"oneOf": [schemas.Rotated, schemas.AgentAnswer]},
     "openapi": {"type": "object"},
     "docs": {"type": "string"},
+    "show_metrics": {"type": "string"},
 }
 CACHED = {"authorization_server", "authorization_server_1", "protected_resource", "jwks", "openapi", "docs"}
 # They touch no database.
@@ -140,7 +141,7 @@ JWK_SET = {
     "additionalProperties": False,
 }
 # All others answer JSON.
-ANSWER_TYPES = {"docs": "text/html"}
+ANSWER_TYPES = {"docs": "text/html", "show_metrics": "text/plain"}
 # What the schemas check in Python, over several fields.
 RULES: dict[str, dict[str, Any]] = {
     "AgentCreate": {

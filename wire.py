@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import flask_smorest
@@ -82,6 +84,12 @@ def is_text(value: object) -> bool:
     if not isinstance(value, str) or "\0" in value:
         return False
     return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+@lru_cache(maxsize=256)
+def route_name(rule: str) -> str:
+    """A route as logs and metrics name it: without what its parts may look like."""
+    return re.sub(r"<[^:<>]+:", "<", rule)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -216,7 +217,9 @@ def test_the_list_of_management_routes_is_complete(app: Flask) -> None:
     routes = {
         (
             method,
-            rule.rule.replace("/api/agents", "").replace("<agent_id>", "{id}").replace("<secret_id>", "x"),
+            re.sub("<[^>]*agent_id>", "{id}", rule.rule.replace("/api/agents", "")).replace(
+                "<secret_id>", "x"
+            ),
         )
         for rule in app.url_map.iter_rules()
         if rule.endpoint.startswith("agents.")

@@ -12,6 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from typing import Any
 import pytest
 import requests
 from conftest import Server
+from flask import Flask
 from standardwebhooks import Webhook as Verifier
 from test_serving import register, token_body
+
+import deliverer
+from database import writing
 
 Serve = Callable[..., Server]
 
@@ -214,3 +220,29 @@ def test_a_graceful_stop_lets_a_delivery_in_flight_finish(
     (hook,) = requests.get(f"{again.url}/api/webhooks").json()["webhooks"]
     (delivery,) = requests.get(f"{again.url}/api/webhooks/{hook['id']}/deliveries").json()["deliveries"]
     assert (delivery["status"], delivery["attempts"]) == ("delivered", 1)
+
+
+def test_one_delivery_at_a_time_waits_for_the_write_lock(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's lock knows no queue: sixteen that fail all the time would starve the requests."""
+    inside: list[int] = []
+    seen: list[int] = []
+
+    @contextmanager
+    def watched(**options: Any) -> Iterator[Any]:
+        inside.append(1)
+        with writing(**options) as connection:
+            time.sleep(0.01)
+            seen.append(len(inside))
+            yield connection
+        inside.pop()
+
+    def settle() -> None:
+        with app.app_context():
+            deliverer._settle(parcel, deliverer.Outcome(None, None, "no answer", None))
+
+    parcel = deliverer.Parcel(1, 1, "https://example.com", b"", "evt_x", (), None, True)
+    monkeypatch.setattr(deliverer, "writing", watched)
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(settle) for _ in range(8)]:
+            future.result()
+    assert seen == [1] * 8
