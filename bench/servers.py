@@ -20,7 +20,7 @@ OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 class Server:
     """gunicorn with Lanyard's own configuration on a free port, until `stop()`."""
 
-    def __init__(self, instance: Path, app: str = "wsgi:app", path: str = "/health") -> None:
+    def __init__(self, instance: Path, app: str = "wsgi:app", path: str = "/health", *options: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -31,7 +31,7 @@ class Server:
         env |= {f"LANYARD_{name}": value for name, value in mine.items()}
         # Settings to try out: BENCH_THREADS=1 is the server's LANYARD_THREADS.
         env |= {f"LANYARD_{n[6:]}": value for n, value in os.environ.items() if n.startswith("BENCH_")}
-        command = [sys.executable, "-m", "gunicorn", "--pythonpath", str(HERE), app]
+        command = [sys.executable, "-m", "gunicorn", "--pythonpath", str(HERE), *options, app]
         started = time.monotonic()
         with (instance / "server.log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=log, stderr=log)
