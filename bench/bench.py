@@ -102,9 +102,7 @@ def speed(options: argparse.Namespace, folder: Path, started: ExitStack) -> None
             shares = (result.rate / floor.rate, result.rate / gthread.rate)
             rows.setdefault((name, connections), []).append((result, *shares))
         progress(f"round {count}, {connections} connections")
-    print(
-        "\n| operation | connections | requests/s | p50 ms | p99 ms | errors | of the empty route | of gthread's |"
-    )
+    print("\n| operation | connections | requests/s | p50 ms | p99 ms | errors | of empty | of gthread's |")
     print("| --- | --: | --: | --: | --: | --: | --: | --: |")
     for (name, connections), several in rows.items():
         shares = " | ".join(f"{median(several, index):.2f}" for index in (1, 2))
