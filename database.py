@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,6 +128,38 @@ def may_pass(error: sa.exc.OperationalError | sqlite3.OperationalError) -> bool:
         getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
     )  # the extended codes' low byte
     return code & 0xFF in _PASSING  # the low byte of the extended codes
+
+
+def mark_serving(app: Flask, path: Path) -> None:
+    """Tell other processes that a server uses the database, until the last process of this server ends.
+
+    Waits while one that must have the file alone has it. The kernel frees the lock, whatever happens.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    # The workers, which are forked from this process, share it.
+    weakref.finalize(app, os.close, lock)
+
+
+@contextmanager
+def nobody_serving(path: Path) -> Iterator[None]:
+    """Keep servers from starting on the database.
+
+    :raises BlockingIOError: when one runs.
+    """
+    with open(os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were given, changed or taken in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

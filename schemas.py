@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import Schema, ValidationError, fields, pre_load, validates_schema
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
 import clock
@@ -16,6 +16,7 @@ from models import is_live
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
+DELIVERY_STATES = ("pending", "retrying", "delivered", "dead")
 
 
 class AgentFields(Schema):
@@ -111,32 +112,45 @@ class Action(Schema):
                 raise ValidationError("Only rotate takes this.", name)
 
 
-class Agent(Schema):
+class Answer(Schema):
+    """What goes out. Every field is always there, unless its metadata says `optional`."""
+
+    class Meta:
+        """Fields may be added: clients have to bear them."""
+
+        unknown = EXCLUDE
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        """Marshmallow's hook. `required` changes nothing on the way out: it is what the document tells."""
+        field_obj.required = not field_obj.metadata.get("optional")
+
+
+class Agent(Answer):
     """An agent, as everybody who may see it sees it: never a hash."""
 
     id = fields.String()
     name = fields.String()
-    description = fields.String()
-    owner = fields.String()
+    description = fields.String(allow_none=True)
+    owner = fields.String(allow_none=True)
     client_id = fields.String()
     scopes = fields.List(fields.String())
     audiences = fields.List(fields.String())
-    metadata = fields.Dict(attribute="metadata_")
+    metadata = fields.Dict(values=fields.String(), attribute="metadata_")
     # An agent past its time is treated as deactivated, so that is what it looks like.
-    is_active = fields.Function(lambda agent: is_live(agent, clock.now()))
-    token_ttl = fields.Integer()
-    rate_limit = fields.Integer()
+    is_active = fields.Function(lambda agent: is_live(agent, clock.now()), metadata={"type": "boolean"})
+    token_ttl = fields.Integer(allow_none=True)
+    rate_limit = fields.Integer(allow_none=True)
     token_endpoint_auth_method = fields.String()
     created_at = Timestamp()
     updated_at = Timestamp()
-    expires_at = Timestamp()
+    expires_at = Timestamp(allow_none=True)
     token_count = fields.Integer()
     refresh_count = fields.Integer()
-    last_activity_at = Timestamp()
-    last_token_issued_at = Timestamp()
+    last_activity_at = Timestamp(allow_none=True)
+    last_token_issued_at = Timestamp(allow_none=True)
 
 
-class AgentAnswer(Schema):
+class AgentAnswer(Answer):
     """`{agent}`."""
 
     agent = fields.Nested(Agent)
@@ -146,14 +160,14 @@ class AgentCreated(AgentAnswer):
     """The only answer, with a rotation's, that ever holds a client secret."""
 
     client_id = fields.String()
-    client_secret = fields.String()
+    client_secret = fields.String(metadata={"optional": True})  # an agent with keys has none
 
 
-class AgentPage(Schema):
+class AgentPage(Answer):
     """A page of agents; `next` is the `after` of the next page, or null."""
 
     agents = fields.List(fields.Nested(Agent))
-    next = fields.String()
+    next = fields.String(allow_none=True)
 
 
 class AgentDeactivated(AgentAnswer):
@@ -163,36 +177,36 @@ class AgentDeactivated(AgentAnswer):
     agent = fields.Nested(Agent)
 
 
-class Rotated(Schema):
+class Rotated(Answer):
     """The new client secret, shown this once."""
 
     client_secret = fields.String()
 
 
-class Secret(Schema):
+class Secret(Answer):
     """A client secret, without its text."""
 
     id = fields.String()
     hint = fields.String()
     created_at = Timestamp()
-    expires_at = Timestamp()
-    last_used_at = Timestamp()
+    expires_at = Timestamp(allow_none=True)
+    last_used_at = Timestamp(allow_none=True)
 
 
-class Secrets(Schema):
+class Secrets(Answer):
     """The live secrets of an agent, newest first."""
 
     secrets = fields.List(fields.Nested(Secret))
 
 
-class RotationRecord(Schema):
+class RotationRecord(Answer):
     """When a secret was rotated, and by whom: `self` or `admin`."""
 
     rotated_at = Timestamp()
-    rotated_by = fields.String()
+    rotated_by = fields.String(validate=OneOf(["self", "admin"]))
 
 
-class DailyUsage(Schema):
+class DailyUsage(Answer):
     """An agent's day (UTC)."""
 
     date = fields.Date(attribute="day")
@@ -200,23 +214,23 @@ class DailyUsage(Schema):
     tokens_refreshed = fields.Integer()
 
 
-class Event(Schema):
+class Event(Answer):
     """Something that happened: what, when, who did it and from where."""
 
     id = fields.String()
     type = fields.String()
     timestamp = Timestamp(attribute="created_at")
     actor = fields.String()
-    address = fields.String()
-    request_id = fields.String()
+    address = fields.String(allow_none=True)
+    request_id = fields.String(allow_none=True)
     data = fields.Dict()
 
 
-class EventPage(Schema):
+class EventPage(Answer):
     """A page of events; `next` is the `after` of the next page, or null."""
 
     events = fields.List(fields.Nested(Event))
-    next = fields.String()
+    next = fields.String(allow_none=True)
 
 
 def _subscriptions(**options: Any) -> fields.List[str]:
@@ -253,7 +267,7 @@ class WebhookRotate(Schema):
     grace_period = Whole(load_default=DAY, validate=Range(0, 7 * DAY))
 
 
-class Webhook(Schema):
+class Webhook(Answer):
     """A webhook, without its secret."""
 
     id = fields.String()
@@ -262,18 +276,18 @@ class Webhook(Schema):
     events = fields.List(fields.String())
     max_retries = fields.Integer()
     is_active = fields.Boolean()
-    disabled_reason = fields.String()
+    disabled_reason = fields.String(allow_none=True)
     created_at = Timestamp()
     updated_at = Timestamp()
 
 
-class WebhookAnswer(Schema):
+class WebhookAnswer(Answer):
     """`{webhook}`."""
 
     webhook = fields.Nested(Webhook)
 
 
-class WebhookSecret(Schema):
+class WebhookSecret(Answer):
     """The signing secret, shown this once."""
 
     secret = fields.String()
@@ -283,7 +297,7 @@ class WebhookCreated(WebhookAnswer, WebhookSecret):
     """The webhook and its secret."""
 
 
-class WebhookList(Schema):
+class WebhookList(Answer):
     """All webhooks, newest first."""
 
     webhooks = fields.List(fields.Nested(Webhook))
@@ -292,39 +306,39 @@ class WebhookList(Schema):
 class DeliveryQuery(PageQuery):
     """`GET /api/webhooks/{id}/deliveries`: filters."""
 
-    status = fields.String(load_default=None, validate=OneOf(["pending", "retrying", "delivered", "dead"]))
+    status = fields.String(load_default=None, validate=OneOf(DELIVERY_STATES))
 
 
-class Delivery(Schema):
+class Delivery(Answer):
     """An event on its way to a webhook, and how the last attempt went."""
 
     id = fields.String(attribute="pk")
     event_id = fields.String()
     type = fields.String()
-    status = fields.String()
+    status = fields.String(validate=OneOf(DELIVERY_STATES))
     attempts = fields.Integer()
     created_at = Timestamp()
-    last_attempt_at = Timestamp()
-    next_attempt_at = Timestamp()
-    response_status = fields.Integer()
-    response_body = fields.String()
-    error = fields.String()
+    last_attempt_at = Timestamp(allow_none=True)
+    next_attempt_at = Timestamp(allow_none=True)
+    response_status = fields.Integer(allow_none=True)
+    response_body = fields.String(allow_none=True)
+    error = fields.String(allow_none=True)
 
 
-class DeliveryAnswer(Schema):
+class DeliveryAnswer(Answer):
     """`{delivery}`."""
 
     delivery = fields.Nested(Delivery)
 
 
-class DeliveryPage(Schema):
+class DeliveryPage(Answer):
     """A page of deliveries, newest first."""
 
     deliveries = fields.List(fields.Nested(Delivery))
-    next = fields.String()
+    next = fields.String(allow_none=True)
 
 
-class EventTypes(Schema):
+class EventTypes(Answer):
     """What a webhook may subscribe to."""
 
     events = fields.List(fields.String())
@@ -337,35 +351,35 @@ class KeyRotation(Schema):
     now = Flag(load_default=False)
 
 
-class SigningKey(Schema):
+class SigningKey(Answer):
     """A signing key, without its text: where it is in its life."""
 
     kid = fields.String()
     alg = fields.String()
-    state = fields.String()
+    state = fields.String(validate=OneOf(["published", "signing", "retired", "gone"]))
     created_at = Timestamp()
     signs_from = Timestamp()
-    gone_at = Timestamp()
+    gone_at = Timestamp(allow_none=True)
 
 
-class KeyAnswer(Schema):
+class KeyAnswer(Answer):
     """`{key}`."""
 
     key = fields.Nested(SigningKey)
 
 
-class KeyList(Schema):
+class KeyList(Answer):
     """The signing keys, newest first."""
 
     keys = fields.List(fields.Nested(SigningKey))
 
 
-class Usage(Schema):
+class Usage(Answer):
     """What an agent did: totals, rotations newest first, thirty days oldest first."""
 
     token_count = fields.Integer()
     refresh_count = fields.Integer()
-    last_activity_at = Timestamp()
-    last_token_issued_at = Timestamp()
+    last_activity_at = Timestamp(allow_none=True)
+    last_token_issued_at = Timestamp(allow_none=True)
     rotation_history = fields.List(fields.Nested(RotationRecord))
     daily = fields.List(fields.Nested(DailyUsage))

@@ -154,7 +154,7 @@ def everyone() -> Sequence[Webhook]:
 
 
 def page(webhook_id: str, query: dict[str, Any]) -> dict[str, Any]:
-    """A page of deliveries, as `schemas.DeliveryPage` tells it; `query` as `schemas.DeliveryQuery` loads it."""
+    """A page of deliveries, as `schemas.DeliveryPage` tells it; `query` as `DeliveryQuery` loads it."""
     statement = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk)
     if query["status"] is not None:
         statement = statement.where(Delivery.status == query["status"])
