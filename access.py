@@ -14,7 +14,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 import credentials
 import throttle
 from config import SettingError, Settings, check_admin_token, settings
-from database import sync_folder
+from database import give_to_owner_of, sync_folder
 from wire import Problem, parse_authorization
 
 log = logging.getLogger("lanyard")
@@ -123,7 +123,9 @@ class KeptToken:
 
 def rotate_admin_token(path: Path) -> None:
     """Put a new admin token into the file; the old one is dead at the next request."""
-    os.replace(_draft_admin_token(path), path)
+    draft = _draft_admin_token(path)
+    give_to_owner_of(path, draft)
+    os.replace(draft, path)
     sync_folder(path.parent)
 
 

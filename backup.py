@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import clock
 from config import Settings
-from database import BUSY_TIMEOUT, nobody_serving, sync_folder
+from database import BUSY_TIMEOUT, give_to_owner_of, nobody_serving, sync_folder
 from models import Base
 
 PAGES = 1024  # copied at a time: some milliseconds
@@ -55,6 +55,7 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
         with nobody_serving(target), _draft_beside(target) as draft:
             _copy(file, draft, progress)
             check(draft, str(file))
+            give_to_owner_of(target if target.exists() else target.parent, draft)
             kept = _set_aside(target)
             _put_in_place(draft, target)
             return kept

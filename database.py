@@ -148,9 +148,33 @@ def nobody_serving(path: Path) -> Iterator[None]:
 
     :raises BlockingIOError: when one runs.
     """
-    with open(os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+    name = Path(f"{path}.serving")
+    with open(os.open(name, os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        give_to_owner_of(path.parent, name)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def is_serving(path: Path) -> bool:
+    """Whether a server uses the database; leaves no file behind."""
+    try:
+        lock = os.open(f"{path}.serving", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def give_to_owner_of(model: Path, file: Path) -> None:
+    """What root writes for the server must stay the server's: give it the owner of `model`."""
+    if os.geteuid() == 0:
+        found = model.stat()
+        os.chown(file, found.st_uid, found.st_gid)
 
 
 def sync_folder(folder: Path) -> None:
