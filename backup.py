@@ -186,7 +186,7 @@ def _drop_companions(target: Path) -> None:
 def _make_single(file: Path) -> None:
     """Write what is in the -wal into the database file, which only works while nobody else has it open."""
     try:
-        with closing(sqlite3.connect(file, timeout=0)) as connection:
+        with closing(sqlite3.connect(file, timeout=1)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):

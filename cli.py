@@ -8,7 +8,8 @@ import select
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
 import click
 import sqlalchemy as sa
@@ -107,9 +108,9 @@ def _parse_metadata(
     return pairs or None
 
 
-def _parse_jwks(ctx: click.Context, option: click.Parameter, given: BinaryIO | None) -> Any:
+def _parse_jwks(ctx: click.Context, option: click.Parameter, given: Path | None) -> Any:
     try:
-        return parse_json(given.read()) if given else None
+        return parse_json(given.read_bytes()) if given else None
     except ValueError as error:
         raise click.BadParameter(str(error).replace("The body", "The file")) from None
 
@@ -134,7 +135,12 @@ def _none_if_empty(ctx: click.Context, option: click.Parameter, given: Sequence[
 @click.option("--token-ttl", type=int, metavar="SECONDS", help="How long its access tokens live.")
 @click.option("--rate-limit", type=int, metavar="N", help="Tokens it may get in a minute.")
 @click.option("--metadata", multiple=True, callback=_parse_metadata, metavar="NAME=VALUE", help="May repeat.")
-@click.option("--jwks", type=click.File("rb"), callback=_parse_jwks, help="Its public keys, a JWK set.")
+@click.option(
+    "--jwks",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_parse_jwks,
+    help="File of its public keys, a JWK set.",
+)
 @click.option(
     "--auth-method",
     "token_endpoint_auth_method",

@@ -138,8 +138,9 @@ def mark_serving(app: Flask, path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    # The workers, which are forked from this process, share it.
-    weakref.finalize(app, os.close, lock)
+    # The workers, which are forked from this process, share it. An app that is gone needs it no more,
+    # but a process that ends holds it to its very end.
+    weakref.finalize(app, os.close, lock).atexit = False
 
 
 @contextmanager

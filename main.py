@@ -12,8 +12,11 @@ from config import VERSION
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="Lanyard")
-def lanyard() -> None:
+@click.pass_context
+def lanyard(context: click.Context) -> None:
     """Look after Lanyard. The commands read the same LANYARD_* settings as the server."""
+    # Made by the first command that needs it: some must work without.
+    context.obj = ScriptInfo(create_app=create_app, set_debug_flag=False)
 
 
 for command in cli.COMMANDS:
@@ -21,4 +24,4 @@ for command in cli.COMMANDS:
 
 
 if __name__ == "__main__":
-    lanyard(prog_name="lanyard", obj=ScriptInfo(create_app=create_app, set_debug_flag=False))
+    lanyard(prog_name="lanyard")
