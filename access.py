@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,11 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 import credentials
 import tally
 import throttle
-from config import Settings, check_admin_token, settings
+from config import SettingError, Settings, check_admin_token, settings
+from database import give_to_owner_of, sync_folder
 from wire import Problem, parse_authorization
+
+log = logging.getLogger("lanyard")
 
 _EXTENSION = "lanyard.admin_token"
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
@@ -27,7 +31,9 @@ _FORWARDING_HEADERS = re.compile(
 
 def init_app(app: Flask, settings: Settings) -> None:
     """Learn the admin token, trust the proxies the settings name, and guard local mode."""
-    app.extensions[_EXTENSION] = settings.admin_token or _kept_admin_token(admin_token_file(settings))
+    app.extensions[_EXTENSION] = (
+        _GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings)
+    )
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
@@ -60,7 +66,8 @@ def carries_admin_token() -> bool:
 
 
 def _is_admin_token(text: str) -> bool:
-    is_right = credentials.same(text, current_app.extensions[_EXTENSION])
+    right = current_app.extensions[_EXTENSION].now()
+    is_right = right is not None and credentials.same(text, right)
     # An agent's access token that has expired is no guess at the admin token.
     if text.startswith("eyJ"):
         return is_right
@@ -72,15 +79,71 @@ def _is_admin_token(text: str) -> bool:
     return is_right
 
 
-def _kept_admin_token(path: Path) -> str:
-    """Read the admin token, made on the first start; the file is never seen half written."""
+class _GivenToken:
+    """The admin token that the settings give: the same as long as the process lives."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def now(self) -> str:
+        return self._token
+
+
+class KeptToken:
+    """The admin token in the instance's file: whatever the file holds at this moment, in every worker.
+
+    :raises SettingError: at the start, when the file holds none that will do.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = admin_token_file(settings)
+        _ensure_admin_token(self._path)
+        self._read: tuple[object, str | None] = (self._stamp(), read_admin_token(self._path))
+
+    def now(self) -> str | None:
+        """The token; None, which nothing matches, while the file is gone or holds none that will do."""
+        stamp = self._stamp()
+        # Looked at before it is read: what is written meanwhile is read the next time.
+        if stamp != self._read[0]:
+            self._read = (stamp, self._read_again())
+        return self._read[1]
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read_again(self) -> str | None:
+        try:
+            return read_admin_token(self._path)
+        except (OSError, ValueError, SettingError) as error:
+            log.warning("Nobody is the operator until the admin token can be read: %s", error)
+            return None
+
+
+def rotate_admin_token(path: Path) -> None:
+    """Put a new admin token into the file; the old one is dead at the next request."""
+    draft = _draft_admin_token(path)
+    give_to_owner_of(path, draft)
+    os.replace(draft, path)
+    sync_folder(path.parent)
+
+
+def read_admin_token(path: Path) -> str:
+    """The admin token in the file.
+
+    :raises SettingError: when it is none that will do.
+    """
+    return check_admin_token(path.read_text().strip(), f"The admin token in {path}")
+
+
+def _ensure_admin_token(path: Path) -> None:
+    """Make the admin token on the first start; the file is never seen half written."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        draft = path.with_name(f".admin_token.{os.getpid()}")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(credentials.new_admin_token() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        draft = _draft_admin_token(path)
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -88,7 +151,15 @@ def _kept_admin_token(path: Path) -> str:
         finally:
             os.unlink(draft)
     os.chmod(path, 0o600)
-    return check_admin_token(path.read_text().strip(), f"The admin token in {path}")
+
+
+def _draft_admin_token(path: Path) -> Path:
+    draft = path.with_name(f".admin_token.{os.getpid()}")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(credentials.new_admin_token() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return draft
 
 
 def _refuse_strangers() -> None:

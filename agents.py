@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -35,17 +35,8 @@ self_service.before_request(bearer.require_agent)
 @management.response(201, schemas.AgentCreated)
 def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
     """Register an agent; its client secret is in this answer and never in another."""
-    by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
-    secret = None if by_key else credentials.checker().make()
-    with writing():
-        agent = _new_agent(fields)
-        if secret:
-            _add_secret(agent, secret)
-        events.record("agent.created", agent)
-    answer = {"agent": agent, "client_id": agent.client_id}
-    if secret:
-        answer["client_secret"] = secret.text
-    return answer, 201, {"Location": f"/api/agents/{agent.id}"}
+    created = create(fields)
+    return created, 201, {"Location": f"/api/agents/{created['agent'].id}"}
 
 
 @management.get("")
@@ -53,15 +44,14 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
 @management.response(200, schemas.AgentPage)
 def list_agents(query: dict[str, Any]) -> dict[str, Any]:
     """Agents, newest first; `next` is the `after` of the page that follows."""
-    page, following = newest_page(sa.select(Agent).where(*_filters(query)), Agent.pk, query)
-    return {"agents": page, "next": following}
+    return page(query)
 
 
 @management.get(_ONE)
 @management.response(200, schemas.AgentAnswer)
 def show_agent(agent_id: str) -> dict[str, Agent]:
     """One agent."""
-    return {"agent": _find(agent_id)}
+    return {"agent": find(agent_id)}
 
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
@@ -70,7 +60,7 @@ def show_agent(agent_id: str) -> dict[str, Agent]:
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     """Change what is given, leave the rest."""
     with writing():
-        agent = _find(agent_id)
+        agent = find(agent_id)
         _set_fields(agent, fields)
         events.record("agent.updated", agent, changed=sorted(_public_names(fields)))
     return {"agent": agent}
@@ -80,8 +70,7 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
 @management.response(204)
 def delete_agent(agent_id: str) -> None:
     """Delete the agent and all its tokens."""
-    with writing():
-        delete(_find(agent_id))
+    delete_by_operator(agent_id)
 
 
 @management.post(_ONE)
@@ -91,10 +80,10 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Rotate, deactivate or reactivate, as `action` says."""
     action = fields.pop("action")
     if action == "rotate":
-        rotated: dict[str, Any] = schemas.Rotated().dump(_rotate_by_operator(agent_id, fields))
+        rotated: dict[str, Any] = schemas.Rotated().dump(rotate_by_operator(agent_id, fields))
         return rotated
     act = deactivate if action == "deactivate" else reactivate
-    changed: dict[str, Any] = schemas.AgentAnswer().dump(_change(agent_id, act))
+    changed: dict[str, Any] = schemas.AgentAnswer().dump(change(agent_id, act))
     return changed
 
 
@@ -103,7 +92,7 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.response(200, schemas.Rotated)
 def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
     """Give the agent a new client secret."""
-    return _rotate_by_operator(agent_id, fields)
+    return rotate_by_operator(agent_id, fields)
 
 
 @management.post(_ONE + "/deactivate")
@@ -111,7 +100,7 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 @management.response(200, schemas.AgentAnswer)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     """Switch the agent off: the kill switch."""
-    return _change(agent_id, deactivate)
+    return change(agent_id, deactivate)
 
 
 @management.post(_ONE + "/reactivate")
@@ -119,14 +108,14 @@ def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
 @management.response(200, schemas.AgentAnswer)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
     """Bring the agent back, but none of its old tokens."""
-    return _change(agent_id, reactivate)
+    return change(agent_id, reactivate)
 
 
 @management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
 def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
     """The agent's live client secrets, without their text."""
-    statement = _live_secrets(_find(agent_id)).order_by(ClientSecret.pk.desc())
+    statement = _live_secrets(find(agent_id)).order_by(ClientSecret.pk.desc())
     return {"secrets": db.session.scalars(statement).all()}
 
 
@@ -135,7 +124,7 @@ def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Remove one client secret at once."""
     with writing():
-        agent = _find(agent_id)
+        agent = find(agent_id)
         secret = db.session.scalar(_live_secrets(agent).where(ClientSecret.id == secret_id))
         if secret is None:
             raise Problem(404, "not_found", "This agent has no live secret with this id.")
@@ -194,6 +183,29 @@ def delete_me() -> None:
     """Delete the calling agent and all its tokens."""
     with writing():
         delete(_myself())
+
+
+def create(fields: dict[str, Any]) -> dict[str, Any]:
+    """Register an agent.
+
+    :param fields: as `schemas.AgentCreate` loads them.
+    :returns: what `schemas.AgentCreated` tells; no secret for an agent that signs in by its keys.
+    """
+    by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
+    secret = None if by_key else credentials.checker().make()
+    with writing():
+        agent = _new_agent(fields)
+        if secret:
+            _add_secret(agent, secret)
+        events.record("agent.created", agent)
+    created = {"agent": agent, "client_id": agent.client_id}
+    return created | {"client_secret": secret.text} if secret else created
+
+
+def page(query: dict[str, Any]) -> dict[str, Any]:
+    """A page of agents, as `schemas.AgentPage` tells it; `query` as `schemas.AgentQuery` loads it."""
+    found, following = newest_page(sa.select(Agent).where(*_filters(query)), Agent.pk, query)
+    return {"agents": found, "next": following}
 
 
 def rotate(
@@ -258,21 +270,33 @@ def delete(agent: Agent) -> None:
     db.session.delete(agent)
 
 
-def _rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
+def rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
+    """Give the agent a new client secret, as `schemas.Rotate` loads how."""
     secret = credentials.checker().make()
     with writing():
-        rotate(_find(agent_id), secret, rotated_by="admin", **fields)
+        rotate(find(agent_id), secret, rotated_by="admin", **fields)
     return {"client_secret": secret.text}
 
 
-def _change(agent_id: str, act: Any) -> dict[str, Agent]:
+def delete_by_operator(agent_id: str) -> None:
+    """Delete the agent and all its tokens."""
     with writing():
-        agent = _find(agent_id)
+        delete(find(agent_id))
+
+
+def change(agent_id: str, act: Callable[[Agent], None]) -> dict[str, Agent]:
+    """Do `deactivate` or `reactivate` to the agent, in a transaction of its own."""
+    with writing():
+        agent = find(agent_id)
         act(agent)
     return {"agent": agent}
 
 
-def _find(agent_id: str) -> Agent:
+def find(agent_id: str) -> Agent:
+    """The agent with this id.
+
+    :raises Problem: 404.
+    """
     agent = db.session.scalar(sa.select(Agent).where(Agent.id == agent_id))
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
@@ -282,7 +306,7 @@ def _find(agent_id: str) -> Agent:
 def _myself() -> Agent:
     """The calling agent, checked again under the write lock: it may have died since."""
     bearer.require_agent()
-    return _find(bearer.current_agent().id)
+    return find(bearer.current_agent().id)
 
 
 def _new_agent(fields: dict[str, Any]) -> Agent:

@@ -96,6 +96,8 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f" {settings.database_file}."
         )
     try:
+        if serving:
+            database.mark_serving(app, settings.database_file)
         database.init_database(app, settings, fill=partial(_fill_database, serving))
         access.init_app(app, settings)
     except OSError as error:

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +163,63 @@ def may_pass(error: sa.exc.OperationalError | sqlite3.OperationalError) -> bool:
         getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
     )  # the extended codes' low byte
     return code & 0xFF in _PASSING  # the low byte of the extended codes
+
+
+def mark_serving(app: Flask, path: Path) -> None:
+    """Tell other processes that a server uses the database, until the last process of this server ends.
+
+    Waits while one that must have the file alone has it. The kernel frees the lock, whatever happens.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    # The workers, which are forked from this process, share it. An app that is gone needs it no more,
+    # but a process that ends holds it to its very end.
+    weakref.finalize(app, os.close, lock).atexit = False
+
+
+@contextmanager
+def nobody_serving(path: Path) -> Iterator[None]:
+    """Keep servers from starting on the database.
+
+    :raises BlockingIOError: when one runs.
+    """
+    name = Path(f"{path}.serving")
+    with open(os.open(name, os.O_RDWR | os.O_CREAT, 0o600)) as lock:
+        give_to_owner_of(path.parent, name)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def is_serving(path: Path) -> bool:
+    """Whether a server uses the database; leaves no file behind."""
+    try:
+        lock = os.open(f"{path}.serving", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def give_to_owner_of(model: Path, file: Path) -> None:
+    """What root writes for the server must stay the server's: give it the owner of `model`."""
+    if os.geteuid() == 0:
+        found = model.stat()
+        os.chown(file, found.st_uid, found.st_gid)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were given, changed or taken in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ import clock
 import waiting
 from config import settings
 from database import may_pass, writing
-from models import Base, Event, Webhook
+from models import Base, Event, Webhook, db
 
 log = logging.getLogger("lanyard")
 
@@ -53,27 +54,54 @@ def init_app(app: Flask) -> None:
 
 def sweep() -> bool:
     """Delete one batch of what has expired; returns whether there may be more."""
-    deleted = []
-    for name, (column, kept) in _EXPIRING.items():
+    return max(_sweep(patient=False).values()) == BATCH
+
+
+def purge() -> Iterator[dict[str, int]]:
+    """Delete all that has expired, batch by batch; yields how many rows of each table went with each."""
+    while True:
+        deleted = _sweep(patient=True)
+        yield deleted
+        if max(deleted.values()) < BATCH:
+            return
+
+
+def count_expired() -> int:
+    """How many rows there are to delete."""
+    counts = [_count(Base.metadata.tables[name], _has_expired(name)) for name in _EXPIRING]
+    return sum(counts) + _count(Event.__table__, _is_old())
+
+
+def _sweep(*, patient: bool) -> dict[str, int]:
+    deleted: dict[str, int] = {}
+    for name in _EXPIRING:
         table = Base.metadata.tables[name]
         key = tuple(table.primary_key)
-        expired = sa.select(*key).where(table.c[column] <= clock.now() - kept).limit(BATCH)
-        deleted.append(_change(sa.delete(table).where(sa.tuple_(*key).in_(expired))))
-    deleted.append(_change(_old_events()))
-    over = Webhook.old_secret_expires_at <= clock.now()
-    _change(sa.update(Webhook).where(over).values(old_secret=None, old_secret_expires_at=None))
-    return max(deleted) == BATCH
-
-
-def _old_events() -> sa.Delete:
+        expired = sa.select(*key).where(_has_expired(name)).limit(BATCH)
+        deleted[name] = _change(sa.delete(table).where(sa.tuple_(*key).in_(expired)), patient)
     # By their numbers, which grow with time: an index on it would cost every token.
     oldest = sa.select(Event.pk).order_by(Event.pk).limit(BATCH)
-    before = clock.now() - timedelta(days=settings().event_retention_days)
-    return sa.delete(Event).where(Event.pk.in_(oldest), Event.created_at <= before)
+    deleted["events"] = _change(sa.delete(Event).where(Event.pk.in_(oldest), _is_old()), patient)
+    over = Webhook.old_secret_expires_at <= clock.now()
+    _change(sa.update(Webhook).where(over).values(old_secret=None, old_secret_expires_at=None), patient)
+    return deleted
 
 
-def _change(statement: sa.UpdateBase) -> int:
-    with writing(durable=False, patient=False) as connection:
+def _has_expired(table: str) -> sa.ColumnElement[bool]:
+    column, kept = _EXPIRING[table]
+    return Base.metadata.tables[table].c[column] <= clock.now() - kept
+
+
+def _is_old() -> sa.ColumnElement[bool]:
+    return Event.created_at <= clock.now() - timedelta(days=settings().event_retention_days)
+
+
+def _count(table: sa.FromClause, expired: sa.ColumnElement[bool]) -> int:
+    return db.session.scalar(sa.select(sa.func.count()).select_from(table).where(expired)) or 0
+
+
+def _change(statement: sa.UpdateBase, patient: bool) -> int:
+    with writing(durable=False, patient=patient) as connection:
         return connection.execute(statement).rowcount
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ LONGEST_TOKEN = DAY
 # Selected with whatever is read before signing: it tells whether this worker has seen the newest key.
 NEWEST_KEY = sa.select(sa.func.max(SigningKey.pk)).scalar_subquery()
 _NEWEST_KEY = Prepared(sa.select(NEWEST_KEY.label("newest")))
+
+
+NEWEST_FIRST = sa.select(SigningKey.__table__).order_by(SigningKey.pk.desc())
 
 
 class Algorithms(JWSRegistry):
@@ -113,8 +117,12 @@ class ListedKey(NamedTuple):
 
 def list_keys() -> list[ListedKey]:
     """Every key, newest first."""
+    return lives(db.session.execute(NEWEST_FIRST).all())
+
+
+def lives(rows: Sequence[Any]) -> list[ListedKey]:
+    """Where each key is in its life; `rows` as NEWEST_FIRST finds them."""
     now = clock.now()
-    rows = db.session.scalars(sa.select(SigningKey).order_by(SigningKey.pk.desc())).all()
     signing = next((row.pk for row in rows if row.signs_from <= now), rows[-1].pk if rows else None)
     return [
         ListedKey(row.kid, row.alg, _state(row, now, signing), row.created_at, row.signs_from, row.gone_at)
@@ -122,7 +130,7 @@ def list_keys() -> list[ListedKey]:
     ]
 
 
-def _state(row: SigningKey, now: datetime, signing: int | None) -> str:
+def _state(row: Any, now: datetime, signing: int | None) -> str:
     if row.gone_at is not None and row.gone_at <= now:
         return "gone"
     if row.pk == signing:

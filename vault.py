@@ -12,6 +12,7 @@ from models import SigningKey, Webhook, db
 _EXTENSION = "lanyard.vault"
 _FIRST = "lanyard.vault.first"
 _MARK = "fernet:"
+SEALED = (SigningKey.jwk, Webhook.secret, Webhook.old_secret)  # the columns that hold such secrets
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -33,20 +34,22 @@ def reseal_all() -> None:
     :raises SettingError: when something is sealed with a key that is not given.
     """
     fernet: MultiFernet | None = current_app.extensions[_EXTENSION]
-    for column in (SigningKey.jwk, Webhook.secret, Webhook.old_secret):
+    for column in SEALED:
         row_id = column.class_.pk
         for pk, stored in db.session.execute(sa.select(row_id, column).where(column.is_not(None))).all():
             text = unseal(stored)
-            if fernet is not None and not _is_sealed_by_first(stored):
+            if fernet is not None and not is_sealed(stored, current_app.extensions[_FIRST]):
                 db.session.execute(
                     sa.update(column.class_).where(row_id == pk).values({column.key: seal(text)})
                 )
 
 
-def _is_sealed_by_first(stored: str) -> bool:
-    first: Fernet = current_app.extensions[_FIRST]
+def is_sealed(stored: str, fernet: Fernet | None = None) -> bool:
+    """Whether what is stored is encrypted; with that key, if one is given."""
+    if fernet is None or not stored.startswith(_MARK):
+        return stored.startswith(_MARK)
     try:
-        first.decrypt(stored.removeprefix(_MARK))
+        fernet.decrypt(stored.removeprefix(_MARK))
     except InvalidToken:
         return False
     return True

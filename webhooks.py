@@ -56,7 +56,7 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
 @room.response(200, schemas.WebhookList)
 def list_webhooks() -> dict[str, Any]:
     """All webhooks, newest first."""
-    return {"webhooks": db.session.scalars(sa.select(Webhook).order_by(Webhook.pk.desc())).all()}
+    return {"webhooks": everyone()}
 
 
 @room.get("/webhooks/<webhook_id>")
@@ -131,11 +131,7 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]
 @room.response(200, schemas.DeliveryPage)
 def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """What became of each event, newest first."""
-    statement = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk)
-    if query["status"] is not None:
-        statement = statement.where(Delivery.status == query["status"])
-    page, following = newest_page(statement, Delivery.pk, query)
-    return {"deliveries": page, "next": following}
+    return page(webhook_id, query)
 
 
 @room.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
@@ -150,6 +146,28 @@ def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
 @room.response(202, schemas.DeliveryAnswer)
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
     """Send it again from the start, under the same id."""
+    return send_again(webhook_id, delivery_id)
+
+
+def everyone() -> Sequence[Webhook]:
+    """All webhooks, newest first."""
+    return db.session.scalars(sa.select(Webhook).order_by(Webhook.pk.desc())).all()
+
+
+def page(webhook_id: str, query: dict[str, Any]) -> dict[str, Any]:
+    """A page of deliveries, as `schemas.DeliveryPage` tells it; `query` as `DeliveryQuery` loads it."""
+    statement = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk)
+    if query["status"] is not None:
+        statement = statement.where(Delivery.status == query["status"])
+    found, following = newest_page(statement, Delivery.pk, query)
+    return {"deliveries": found, "next": following}
+
+
+def send_again(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
+    """Make the delivery due now, as if it had never been tried.
+
+    :raises Problem: 404; 409 when the webhook is switched off.
+    """
     with writing():
         _switched_on(webhook_id)
         delivery = _find_delivery(webhook_id, delivery_id)

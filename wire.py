@@ -130,14 +130,22 @@ class Parser(FlaskParser):
     ) -> NoReturn:
         """Turn what Marshmallow found into the one error shape."""
         # webargs keys the messages by where the arguments came from: there is one place.
-        found = _flat(next(iter(error.messages_dict.values())))
-        raise Problem(400, "invalid_request", _sentence(found), fields=found)
+        refuse(next(iter(error.messages_dict.values())))
 
 
 class Blueprint(flask_smorest.Blueprint):
     """flask-smorest's blueprint with Lanyard's strict parser."""
 
     ARGUMENTS_PARSER = Parser()
+
+
+def refuse(messages: dict[Any, Any]) -> NoReturn:
+    """Refuse input for what Marshmallow found wrong with it.
+
+    :raises Problem: 400, with the messages of each field.
+    """
+    found = _flat(messages)
+    raise Problem(400, "invalid_request", _sentence(found), fields=found)
 
 
 def _flat(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:

@@ -1,0 +1,294 @@
+"""The doctor: looks at settings, files, clock, disk and database, and says what to do; changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+from cryptography.fernet import Fernet
+
+import access
+import backup
+import clock
+import keys
+import vault
+from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
+from database import is_serving
+from models import Agent, Delivery, Event, SigningKey, Webhook
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+
+BUILT = datetime(2026, 1, 1, tzinfo=UTC)  # no clock that is right shows an earlier time
+CLOCK_LEEWAY = timedelta(minutes=1)
+KEY_AGE = timedelta(days=365)
+LITTLE_SPACE = 1024**3  # bytes
+NO_SPACE = 64 * 1024**2
+LARGE_WAL = 64 * 1024**2
+OVERDUE = timedelta(minutes=10)
+
+
+class Finding(NamedTuple):
+    """What was found: OK, WARN or FAIL, about what, and what to do."""
+
+    level: str
+    subject: str
+    text: str
+
+
+def examine(settings: Settings | None = None) -> Iterator[Finding]:
+    """Look at everything, the cheap first; `settings` are those of the environment unless given."""
+    try:
+        settings = settings or Settings.from_env()
+    except SettingError as error:
+        yield Finding(FAIL, "settings", error.message)
+        return
+    yield from _look_at_settings(settings)
+    for look in (_look_at_server, _look_at_folder, _look_at_files, _look_at_admin_token, _look_at_disk):
+        yield from look(settings)
+    yield from _look_at_database(settings)
+
+
+def _look_at_settings(settings: Settings) -> Iterator[Finding]:
+    complaints = [f"Lanyard knows no setting {name}: is it misspelt?" for name in unknown_names()]
+    public = settings.issuer.startswith("https:")
+    if public and not settings.trusted_proxies:
+        complaints.append(
+            "LANYARD_ISSUER is https but LANYARD_TRUSTED_PROXIES is 0: all callers seem to come from the"
+            " proxy's address, and share its throttle. Set it to the number of proxies."
+        )
+    if not public and settings.trusted_proxies:
+        complaints.append(
+            "There are LANYARD_TRUSTED_PROXIES but LANYARD_ISSUER is http: set it to the https URL."
+        )
+    if settings.host not in LOOPBACK_NAMES and urlsplit(settings.issuer).hostname in LOOPBACK_NAMES:
+        complaints.append(
+            f"LANYARD_HOST {settings.host} serves others, but tokens name {settings.issuer}:"
+            " set LANYARD_ISSUER."
+        )
+    if settings.webhook_allow_private and not settings.local:
+        complaints.append(
+            "LANYARD_WEBHOOK_ALLOW_PRIVATE=1 lets webhooks reach inside your network: unset it unless needed."
+        )
+    if not settings.secret_keys:
+        complaints.append(
+            "LANYARD_SECRET_KEY is unset: signing keys and webhook secrets are in the database in clear."
+        )
+    yield from _complain("settings", complaints, f"Tokens name {settings.issuer}.")
+
+
+def _look_at_server(settings: Settings) -> Iterator[Finding]:
+    try:
+        runs = "A" if is_serving(settings.database_file) else "No"
+        yield Finding(OK, "server", f"{runs} server runs on this instance.")
+    except OSError as error:
+        yield Finding(WARN, "server", f"Cannot tell whether a server runs: {error}.")
+
+
+def _look_at_folder(settings: Settings) -> Iterator[Finding]:
+    for folder in {settings.instance, settings.database_file.parent}:
+        if not folder.is_dir():
+            yield Finding(FAIL, "folder", f"There is no {folder}: start the server, or set LANYARD_INSTANCE.")
+            continue
+        if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            yield Finding(FAIL, "folder", f"Others may change what is in {folder}: chmod go-w {folder}")
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            yield Finding(FAIL, "folder", f"{folder} cannot be written to: run as its owner.")
+        else:
+            yield Finding(OK, "folder", f"{folder} is its owner's to change.")
+
+
+def _look_at_files(settings: Settings) -> Iterator[Finding]:
+    live = settings.database_file
+    kept = sorted(live.parent.glob(f"{live.name}*")) if live.parent.is_dir() else []
+    token = access.admin_token_file(settings)
+    files = [*kept, *([token] if token.exists() else [])]
+    owner = live.stat().st_uid if live.exists() else None
+    faults = []
+    for file in files:
+        found = file.stat()
+        if found.st_mode & 0o077:
+            faults.append(f"Others may read {file}: chmod 600 {file}")
+        if owner is not None and found.st_uid != owner and file != token:
+            faults.append(f"{file} is not owned by the owner of {live.name}: chown it.")
+        if not os.access(file, os.R_OK | os.W_OK):
+            faults.append(f"{file} cannot be read and written: run as its owner, uid {found.st_uid}.")
+    yield from _complain("files", faults, f"{len(files)} files are their owner's alone.", level=FAIL)
+
+
+def _look_at_admin_token(settings: Settings) -> Iterator[Finding]:
+    file = access.admin_token_file(settings)
+    if settings.admin_token:
+        yield Finding(OK, "admin token", "It is what LANYARD_ADMIN_TOKEN says.")
+    elif not file.exists():
+        yield Finding(
+            WARN, "admin token", f"There is no {file}: nobody is the operator; the next start makes one."
+        )
+    else:
+        try:
+            access.read_admin_token(file)
+            yield Finding(OK, "admin token", f"It is in {file}.")
+        except (OSError, ValueError, SettingError) as error:
+            yield Finding(FAIL, "admin token", f"{error} Delete the file and restart for a new one.")
+
+
+def _look_at_disk(settings: Settings) -> Iterator[Finding]:
+    live = settings.database_file
+    if not live.parent.is_dir():
+        return
+    free = shutil.disk_usage(live.parent).free
+    size = live.stat().st_size if live.exists() else 0
+    told = f"{_megabytes(free)} are free, the database takes {_megabytes(size)}"
+    if free < NO_SPACE:
+        yield Finding(FAIL, "disk", f"{told}: make room, or nothing can be written.")
+    elif free < max(LITTLE_SPACE, 2 * size):
+        yield Finding(WARN, "disk", f"{told}: a backup or a VACUUM may not fit.")
+    else:
+        yield Finding(OK, "disk", f"{told}.")
+    wal = Path(f"{live}-wal")
+    waiting = wal.stat().st_size if wal.exists() else 0
+    if waiting > LARGE_WAL:
+        yield Finding(
+            WARN, "wal", f"{wal.name} has {_megabytes(waiting)}: a reader holds it; restart the server."
+        )
+    else:
+        yield Finding(OK, "wal", f"{_megabytes(waiting)} wait to be written into the database file.")
+
+
+def _look_at_database(settings: Settings) -> Iterator[Finding]:
+    file = settings.database_file
+    if not file.exists():
+        yield Finding(FAIL, "database", f"There is no {file}: start the server once, or restore a backup.")
+        return
+    try:
+        backup.check(file, str(file))
+    except backup.BackupError as error:
+        yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
+        return
+    yield Finding(OK, "database", f"{file} is sound.")
+    engine = sa.create_engine("sqlite://", creator=lambda: backup.open_read_only(file), poolclass=sa.NullPool)
+    try:
+        with engine.connect() as connection:
+            for look in (
+                _look_at_references,
+                _look_at_clock,
+                _look_at_keys,
+                _look_at_seals,
+                _look_at_webhooks,
+            ):
+                yield from look(connection, settings)
+    except sa.exc.DatabaseError as error:
+        yield Finding(FAIL, "database", f"{file} cannot be read: {error.orig}.")
+
+
+def _look_at_references(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    broken = connection.execute(sa.text("PRAGMA foreign_key_check")).all()
+    if broken:
+        tables = ", ".join(sorted({row[0] for row in broken}))
+        yield Finding(
+            FAIL, "database", f"{len(broken)} rows of {tables} belong to nothing: restore a backup."
+        )
+
+
+def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    now = clock.now()
+    newest_event = sa.select(Event.created_at).order_by(Event.pk.desc()).limit(1)
+    moments = [
+        connection.scalar(sa.select(sa.func.max(Agent.updated_at))),
+        connection.scalar(sa.select(sa.func.max(Agent.last_activity_at))),
+        connection.scalar(sa.select(sa.func.max(SigningKey.created_at))),
+        connection.scalar(newest_event),
+    ]
+    latest = max((moment for moment in moments if moment), default=now)
+    if now < BUILT:
+        yield Finding(FAIL, "clock", f"It is not {_moment(now)}: set the clock.")
+    elif latest > now + CLOCK_LEEWAY:
+        yield Finding(
+            WARN,
+            "clock",
+            f"The database knows of {_moment(latest)}, the clock shows {_moment(now)}: set the clock,"
+            " or, if it is right now, know that some things will expire late.",
+        )
+    else:
+        yield Finding(OK, "clock", f"{_moment(now)}; nothing in the database is from the future.")
+
+
+def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    lives = keys.lives(connection.execute(keys.NEWEST_FIRST).all())
+    signing = next(key for key in lives if key.state in ("signing", "gone"))
+    age = clock.now() - signing.signs_from
+    told = f"{signing.alg} key {signing.kid[:8]}… signs since {_moment(signing.signs_from)}"
+    coming = [key for key in lives if key.state == "published"]
+    if coming:
+        yield Finding(OK, "keys", f"{told}; the next one from {_moment(coming[0].signs_from)}.")
+    elif lives[0].alg != settings.signing_alg:
+        yield Finding(WARN, "keys", f"{told}; the next start makes one for {settings.signing_alg}.")
+    elif age > KEY_AGE:
+        yield Finding(WARN, "keys", f"{told}, {age.days} days: ./lanyard keys rotate")
+    else:
+        due = _moment(signing.signs_from + KEY_AGE)
+        yield Finding(OK, "keys", f"{told}; no next one is published, which is due by {due}.")
+
+
+def _look_at_seals(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    stored = [text for column in vault.SEALED for text in connection.scalars(sa.select(column)) if text]
+    fernets = [Fernet(key) for key in settings.secret_keys]
+    lost = [text for text in stored if _is_lost(text, fernets)]
+    if lost:
+        told = f"LANYARD_SECRET_KEY opens all but {len(lost)} of {len(stored)} secrets in the database"
+        yield Finding(FAIL, "secrets", f"{told}: add the key that they are encrypted with.")
+        return
+    late = [text for text in stored if fernets and not vault.is_sealed(text, fernets[0])]
+    if late:
+        yield Finding(
+            WARN, "secrets", f"{len(late)} of {len(stored)} are not encrypted with the newest key: restart."
+        )
+    else:
+        how = "encrypted with the newest key" if fernets else "in clear"
+        yield Finding(OK, "secrets", f"{len(stored)} that must be read back, {how}.")
+
+
+def _is_lost(text: str, fernets: list[Fernet]) -> bool:
+    return vault.is_sealed(text) and not any(vault.is_sealed(text, fernet) for fernet in fernets)
+
+
+def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    complaints = [
+        f"{name!r} is switched off: {reason or 'by the operator.'}"
+        for name, reason in connection.execute(
+            sa.select(Webhook.name, Webhook.disabled_reason).where(sa.not_(Webhook.is_active))
+        )
+    ]
+    dead = sa.select(Webhook.id, sa.func.count()).join(Delivery).where(Delivery.status == "dead")
+    complaints += [
+        f"{count} deliveries are dead: ./lanyard webhooks deliveries {id_} --status dead"
+        for id_, count in connection.execute(dead.group_by(Webhook.pk))
+    ]
+    late = sa.select(sa.func.count()).select_from(Delivery).join(Webhook)
+    overdue = connection.scalar(
+        late.where(Webhook.is_active, Delivery.next_attempt_at < clock.now() - OVERDUE)
+    )
+    if overdue:
+        complaints.append(f"{overdue} deliveries are overdue: does the server run?")
+    count = connection.scalar(sa.select(sa.func.count()).select_from(Webhook))
+    yield from _complain("webhooks", complaints, f"{count}, none in trouble.")
+
+
+def _complain(subject: str, complaints: list[str], praise: str, *, level: str = WARN) -> Iterator[Finding]:
+    yield from (Finding(level, subject, complaint) for complaint in complaints)
+    if not complaints:
+        yield Finding(OK, subject, praise)
+
+
+def _moment(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1024**2:,.1f} MiB"

@@ -1,0 +1,229 @@
+"""The doctor finds what is wrong, says what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, settings_for
+from cryptography.fernet import Fernet
+from flask import Flask
+
+import doctor
+from doctor import FAIL, OK, WARN
+from main import lanyard as commands
+
+KEY, OTHER_KEY = Fernet.generate_key().decode(), Fernet.generate_key().decode()
+
+
+@pytest.fixture
+def folder(make_app: Callable[..., Flask], tmp_path: Path) -> Path:
+    """An instance, sound but for its secrets' being in clear."""
+    make_app()
+    return tmp_path / "instance"
+
+
+def found(folder: Path, level: str, subject: str, **variables: str) -> str:
+    """What the doctor says about the subject on this level."""
+    findings = doctor.examine(settings_for(folder, **variables))
+    return "\n".join(one.text for one in findings if (one.level, one.subject) == (level, subject))
+
+
+def change(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "lanyard.db")) as connection, connection:
+        connection.execute(statement)
+
+
+def test_a_sound_instance_is_all_ok(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app(SECRET_KEY=KEY)
+    findings = list(doctor.examine(settings_for(tmp_path / "instance", SECRET_KEY=KEY)))
+    assert {one.subject for one in findings} == {
+        "settings", "server", "folder", "files", "admin token", "disk", "wal", "database", "clock", "keys",
+        "secrets", "webhooks",
+    }  # fmt: skip
+    assert [one for one in findings if one.level != OK] == []
+
+
+def test_it_changes_nothing(folder: Path) -> None:
+    list(doctor.examine(settings_for(folder)))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lanyard.db-shm"}
+    list(doctor.examine(settings_for(folder)))
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lanyard.db-shm"}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"ISSUER": "https://id.example"}, "LANYARD_TRUSTED_PROXIES is 0"),
+        ({"TRUSTED_PROXIES": "1"}, "LANYARD_ISSUER is http"),
+        ({"HOST": "0.0.0.0"}, "set LANYARD_ISSUER"),  # noqa: S104 - nothing binds it
+        ({"WEBHOOK_ALLOW_PRIVATE": "1"}, "LANYARD_WEBHOOK_ALLOW_PRIVATE"),
+        ({}, "LANYARD_SECRET_KEY is unset"),
+    ],
+    ids=["no proxies", "no https", "host", "private webhooks", "no key"],
+)
+def test_settings_that_do_not_go_together(folder: Path, variables: dict[str, str], told: str) -> None:
+    assert told in found(folder, WARN, "settings", **variables)
+    assert told not in found(folder, WARN, "settings", SECRET_KEY=KEY)
+
+
+def test_misspelt_settings_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANYARD_PROT", "9000")
+    assert "LANYARD_PROT" in found(folder, WARN, "settings")
+
+
+def test_whether_a_server_runs(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve().wait()
+    assert found(server.instance, OK, "server") == "A server runs on this instance."
+    server.stop()
+    assert found(server.instance, OK, "server") == "No server runs on this instance."
+
+
+@pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "admin_token", "lanyard.db.replaced-1"])
+def test_files_that_others_may_read(folder: Path, name: str) -> None:
+    (folder / name).touch()
+    for file in folder.iterdir():
+        file.chmod(0o600)
+    assert found(folder, FAIL, "files") == ""
+    (folder / name).chmod(0o640)
+    assert f"chmod 600 {folder / name}" in found(folder, FAIL, "files")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_files_of_another_owner(folder: Path) -> None:
+    os.chown(folder / "lanyard.db.lock", 12345, -1)
+    assert "lanyard.db.lock is not owned" in found(folder, FAIL, "files")
+
+
+def test_a_folder_that_others_may_change(folder: Path) -> None:
+    folder.chmod(0o770)
+    assert "chmod go-w" in found(folder, FAIL, "folder")
+
+
+def test_an_admin_token_that_will_not_do(folder: Path) -> None:
+    assert "no " in found(folder, WARN, "admin token", ADMIN_TOKEN="")
+    (folder / "admin_token").write_text("short")
+    told = found(folder, FAIL, "admin token", ADMIN_TOKEN="")
+    assert "at least 16" in told
+    (folder / "admin_token").write_text(ADMIN_TOKEN)
+    assert ADMIN_TOKEN not in found(folder, OK, "admin token", ADMIN_TOKEN="")
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(10**6, FAIL), (10**8, WARN), (10**10, OK)], ids=["none", "little", "enough"]
+)
+def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str) -> None:
+    usage = namedtuple("usage", "free")(free)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert "are free" in found(folder, level, "disk")
+
+
+def test_a_wal_that_has_grown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "LARGE_WAL", -1)
+    assert "restart the server" in found(folder, WARN, "wal")
+
+
+def test_a_damaged_database(folder: Path) -> None:
+    file = folder / "lanyard.db"
+    change(folder, "PRAGMA journal_mode = DELETE")
+    content = bytearray(file.read_bytes())
+    content[4096 : 4096 * 8] = b"\xff" * 4096 * 7
+    file.write_bytes(content)
+    assert "restore a backup" in found(folder, FAIL, "database")
+
+
+def test_rows_that_belong_to_nothing(folder: Path) -> None:
+    change(folder, "INSERT INTO usage_days VALUES (99, '2026-01-01', 1, 1)")
+    assert "rows of usage_days" in found(folder, FAIL, "database")
+
+
+def test_a_database_from_the_future(folder: Path, time_machine: Clock) -> None:
+    time_machine.advance(minutes=-30)
+    assert "The database knows of" in found(folder, WARN, "clock")
+
+
+def test_a_clock_that_was_never_set(folder: Path, time_machine: Clock) -> None:
+    time_machine.advance(days=-1000)
+    assert "set the clock" in found(folder, FAIL, "clock")
+
+
+def test_the_signing_keys_age(folder: Path, time_machine: Clock) -> None:
+    assert "due by" in found(folder, OK, "keys")
+    assert "ES256" in found(folder, WARN, "keys", SIGNING_ALG="ES256")
+    time_machine.advance(days=366)
+    assert "366 days: ./lanyard keys rotate" in found(folder, WARN, "keys")
+
+
+def test_the_next_signing_key(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app().test_client().post("/api/keys/rotate", headers=OPERATOR)
+    assert "the next one from" in found(tmp_path / "instance", OK, "keys")
+
+
+@pytest.mark.parametrize(
+    ("sealed_with", "given", "level", "told"),
+    [
+        ("", "", OK, "in clear"),
+        ("", KEY, WARN, "restart"),
+        (KEY, KEY, OK, "newest key"),
+        (KEY, f"{OTHER_KEY},{KEY}", WARN, "restart"),
+        (KEY, OTHER_KEY, FAIL, "add the key"),
+        (KEY, "", FAIL, "add the key"),
+    ],
+    ids=["clear", "not yet sealed", "sealed", "old key", "wrong key", "lost key"],
+)
+def test_what_the_secrets_are_sealed_with(
+    make_app: Callable[..., Flask], tmp_path: Path, sealed_with: str, given: str, level: str, told: str
+) -> None:
+    make_app(SECRET_KEY=sealed_with)
+    assert told in found(tmp_path / "instance", level, "secrets", SECRET_KEY=given)
+
+
+def test_webhooks_in_trouble(make_app: Callable[..., Flask], tmp_path: Path, time_machine: Clock) -> None:
+    client = make_app(WEBHOOK_ALLOW_PRIVATE="1").test_client()
+    body = {"name": "audit", "url": "http://127.0.0.1:9/hook", "events": ["agent.*"]}
+    webhook = client.post("/api/webhooks", json=body, headers=OPERATOR).json["webhook"]
+    client.post("/api/agents", json={"name": "x"}, headers=OPERATOR)
+    folder = tmp_path / "instance"
+    assert found(folder, WARN, "webhooks") == ""
+    time_machine.advance(minutes=11)
+    assert found(folder, WARN, "webhooks") == "1 deliveries are overdue: does the server run?"
+    change(folder, "UPDATE deliveries SET status = 'dead', next_attempt_at = NULL")
+    change(folder, "UPDATE webhooks SET is_active = 0, disabled_reason = 'Gone.'")
+    assert found(folder, WARN, "webhooks").splitlines() == [
+        "'audit' is switched off: Gone.",
+        f"1 deliveries are dead: ./lanyard webhooks deliveries {webhook['id']} --status dead",
+    ]
+
+
+def run(*arguments: str, **variables: str) -> Any:
+    env = {f"LANYARD_{name}": value for name, value in variables.items()}
+    return CliRunner().invoke(commands, ["doctor", *arguments], env=env)
+
+
+def test_the_command_tells_a_line_for_each_thing(folder: Path) -> None:
+    result = run(INSTANCE=str(folder), ADMIN_TOKEN=ADMIN_TOKEN)
+    assert result.exit_code == 0, result.output
+    assert {line.split()[0] for line in result.stdout.splitlines()} == {"OK", "WARN"}
+    told = json.loads(run("--json", INSTANCE=str(folder), ADMIN_TOKEN=ADMIN_TOKEN).stdout)
+    assert set(told[0]) == {"level", "subject", "text"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [({"PORT": "x"}, "LANYARD_PORT must be"), ({"INSTANCE": "/nowhere/at/all"}, "There is no /nowhere")],
+    ids=["a bad setting", "no instance"],
+)
+def test_a_failure_is_an_exit_code(variables: dict[str, str], told: str) -> None:
+    result = run(**variables)
+    assert result.exit_code == 1
+    assert told in result.stdout
+    assert result.exception is None or isinstance(result.exception, SystemExit)

@@ -1,0 +1,155 @@
+"""The operator's commands that look after the instance: admin token, backup, restore, purge, doctor."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from flask import has_app_context
+from flask.cli import with_appcontext
+
+import access
+import backup
+import config
+import console
+import doctor
+import housekeeping
+from config import Settings
+from console import Room, as_json
+
+admin_token = Room("admin-token", help="The operator's token.")
+
+file_argument = click.argument("file", type=click.Path(path_type=Path))
+
+
+@admin_token.command("show")
+def show_admin_token() -> None:
+    """Print the admin token."""
+    settings = config.settings()
+    click.echo(settings.admin_token or access.read_admin_token(access.admin_token_file(settings)))
+
+
+@admin_token.command("rotate")
+def rotate_admin_token() -> None:
+    """Make a new admin token; a running server takes it at once, and the old one no more."""
+    settings = config.settings()
+    if settings.admin_token:
+        raise click.ClickException(
+            "The admin token is what LANYARD_ADMIN_TOKEN says: change it there, and restart the server."
+        )
+    file = access.admin_token_file(settings)
+    access.rotate_admin_token(file)
+    console.note(f"The new admin token is in {file}. The old one is dead.")
+
+
+@click.command("backup")
+@file_argument
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@as_json
+def back_up(file: Path, force: bool, as_json: bool) -> None:
+    """Copy the database into FILE, also while the server runs.
+
+    Neither the admin token nor LANYARD_SECRET_KEY is in it: keep them elsewhere.
+    """
+    with _faults(), _page_bar("Copying") as tell:
+        backup.back_up(_settings(), file, overwrite=force, progress=tell)
+    size = file.stat().st_size
+    if as_json:
+        console.show_json({"file": str(file.absolute()), "bytes": size})
+    else:
+        console.note(f"The database is in {file}: {size} bytes, checked.")
+
+
+@click.command("restore")
+@file_argument
+@as_json
+def restore(file: Path, as_json: bool) -> None:
+    """Put the database in FILE, a backup, in the place of the instance's; stop the server first."""
+    with _faults(), _page_bar("Copying") as tell:
+        kept = backup.restore(_settings(), file, progress=tell)
+    if as_json:
+        console.show_json({"replaced": str(kept) if kept else None})
+        return
+    console.note(f"Restored {file}.")
+    if kept:
+        console.note(f"The database that was there is kept as {kept}.")
+
+
+@click.command("purge")
+@click.option("--vacuum", is_flag=True, help="Shrink the file too: for its time, writers wait.")
+@as_json
+@with_appcontext
+def purge(vacuum: bool, as_json: bool) -> None:
+    """Delete all that has expired, now; the server does so by and by."""
+    deleted: Counter[str] = Counter()
+    with console.progress("Deleting", housekeeping.count_expired()) as bar:
+        for batch in housekeeping.purge():
+            deleted.update(batch)
+            bar.update(sum(batch.values()))
+    if vacuum:
+        with _faults():
+            _vacuum(config.settings().database_file)
+    if as_json:
+        console.show_json({"deleted": deleted, "total": deleted.total()})
+        return
+    rows = [{"table": name, "rows": count} for name, count in sorted(deleted.items()) if count]
+    if rows:
+        console.show_table({"TABLE": lambda row: row["table"], "DELETED": lambda row: row["rows"]}, rows)
+    console.note(f"Deleted {deleted.total()} rows.")
+
+
+@click.command("doctor")
+@as_json
+def examine(as_json: bool) -> None:
+    """Look whether all is well, and say what to do if not; exit code 1 if anything fails."""
+    findings = doctor.examine(config.settings() if has_app_context() else None)
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not as_json:
+            click.echo(f"{finding.level:<6}{finding.subject:<14}{finding.text}")
+    if as_json:
+        console.show_json([finding._asdict() for finding in found])
+    if any(finding.level == doctor.FAIL for finding in found):
+        raise click.exceptions.Exit(1)
+
+
+COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, examine)
+
+
+def _settings() -> Settings:
+    """The app's; a command that must work without a sound database has no app."""
+    return config.settings() if has_app_context() else Settings.from_env()
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except backup.BackupError as error:
+        raise click.ClickException(str(error)) from None
+    except (OSError, sqlite3.OperationalError) as error:
+        raise click.ClickException(f"{error}.") from None
+
+
+@contextmanager
+def _page_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    with console.progress(label) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield tell
+
+
+def _vacuum(file: Path) -> None:
+    connection: Any
+    with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as connection:
+        connection.execute("VACUUM")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
