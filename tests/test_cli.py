@@ -279,8 +279,8 @@ def test_a_broken_admin_token_makes_nobody_the_operator(
     assert client.get("/api/agents", headers=headers).status_code == 200
 
 
-def test_the_command_runs_from_any_folder_by_any_name(tmp_path: Path, first_start: Path) -> None:
-    env = {**os.environ, "LANYARD_INSTANCE": str(first_start.parent)}
+def test_the_command_runs_from_any_folder_by_any_name(app: Flask, tmp_path: Path) -> None:
+    env = {**os.environ, "LANYARD_INSTANCE": str(tmp_path / "instance")}
     link = tmp_path / "ln"
     link.symlink_to(HERE / "lanyard")
     # What lies about in the caller's folder is nothing to run.
@@ -292,8 +292,8 @@ def test_the_command_runs_from_any_folder_by_any_name(tmp_path: Path, first_star
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "a closed pipe"])
-def test_following_events_ends_quietly(first_start: Path, how: str) -> None:
-    env = {**os.environ, "LANYARD_INSTANCE": str(first_start.parent)}
+def test_following_events_ends_quietly(app: Flask, tmp_path: Path, how: str) -> None:
+    env = {**os.environ, "LANYARD_INSTANCE": str(tmp_path / "instance")}
     command = [HERE / "lanyard", "events", "tail", "-n", "1"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
