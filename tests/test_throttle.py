@@ -79,9 +79,10 @@ def test_a_guesser_who_knows_the_hint_waits_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     secret = agent["client_secret"]
-    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: False)
-    assert guess_until_throttled(client, agent["client_id"], secret=secret) == 50
-    monkeypatch.undo()
+    # Not undo(): the fixture's clock would run again with it.
+    with monkeypatch.context() as patch:
+        patch.setattr(bcrypt, "checkpw", lambda *_: False)
+        assert guess_until_throttled(client, agent["client_id"], secret=secret) == 50
     other = make_app().test_client()
     assert guess(other, agent["client_id"], secret=secret).status_code == 429
     assert guess(other, agent["client_id"], secret=secret, address="192.0.2.7").status_code == 200

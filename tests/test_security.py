@@ -1,0 +1,197 @@
+"""The promises of SECURITY.md: each names tests that exist; here are those that no other file holds."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import bcrypt
+import pytest
+import requests
+from conftest import Operator, Server
+from flask import Flask
+from flask.testing import FlaskClient
+
+import credentials
+from config import HERE
+
+Serve = Callable[..., Server]
+
+_TEXT = (HERE / "SECURITY.md").read_text()
+_NAMED = re.compile(r"`(tests/test_\w+\.py)::(test_\w+)`")
+# A promise is an item of a list in the first part, to the next item or the next empty line.
+_HELD = _TEXT.partition("## What it does not promise")[0]
+_PROMISES = re.findall(r"^- (.+?)(?=\n- |\n\n)", _HELD, re.M | re.S)
+
+
+def test_there_are_promises() -> None:
+    assert len(_PROMISES) > 20
+
+
+@pytest.mark.parametrize("promise", _PROMISES, ids=lambda text: text[:40])
+def test_each_promise_is_held_by_tests_that_exist(promise: str) -> None:
+    named = _NAMED.findall(promise)
+    assert named
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (HERE / file).read_text(), re.M), f"{file} has no {test}"
+
+
+# Guessers
+
+
+def forged(secret: str) -> str:
+    """A wrong secret of the same hint, well formed."""
+    body = secret[:11] + credentials.SecretChecker(cost=4).make().text[11:-6]
+    return body + credentials._checksum(body)
+
+
+def guess(client: FlaskClient, client_id: str, secret: str, address: str) -> float:
+    """The seconds that a refusal takes."""
+    body = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": secret}
+    began = time.perf_counter()
+    answer = client.post("/oauth/token", json=body, environ_overrides={"REMOTE_ADDR": address})
+    taken = time.perf_counter() - began
+    assert answer.status_code == 401
+    return taken
+
+
+@pytest.mark.parametrize("knows_the_hint", [False, True], ids=["wrong hint", "right hint"])
+def test_an_unknown_client_takes_as_long_as_a_wrong_secret(
+    make_app: Callable[..., Flask], knows_the_hint: bool
+) -> None:
+    """A missing hash makes a factor of twenty; a busy machine makes both slow."""
+    app = make_app(BCRYPT_COST="10")
+    agent, client = Operator(app).create(), app.test_client()
+    secret = forged(agent["client_secret"])
+    if not knows_the_hint:
+        secret = credentials.SecretChecker(cost=4).make().text
+    times: dict[str, list[float]] = {"known": [], "unknown": []}
+    turns = ["known", "unknown"] * 14
+    random.Random(1).shuffle(turns)  # noqa: S311
+    for number, kind in enumerate(turns):
+        client_id = agent["client_id"] if kind == "known" else credentials.new_client_id()
+        times[kind].append(guess(client, client_id, secret, f"192.0.2.{number}"))
+    known, unknown = times["known"], times["unknown"]
+    assert 0.6 < median(known) / median(unknown) < 1.7
+    # Of all pairs, those in which the known one is slower: half of them, when nothing tells them apart.
+    slower = sum(one > other for one in known for other in unknown) / (len(known) * len(unknown))
+    assert 0.05 < slower < 0.95
+    # That the hash is there at all: no refusal is quicker than a fair part of one.
+    began = time.thread_time()
+    bcrypt.hashpw(b"x", bcrypt.gensalt(10))
+    assert min(known + unknown) > (time.thread_time() - began) / 3
+
+
+@pytest.mark.parametrize("secret", ["hunter2", "cs_" + "a" * 57, "rt_" + "a" * 57], ids=str)
+@pytest.mark.parametrize("client_id", ["known", "unknown", "malformed"])
+def test_a_malformed_secret_is_hashed_for_nobody(
+    client: FlaskClient,
+    agent: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    client_id: str,
+    secret: str,
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(bcrypt, "checkpw", lambda *given: bool(asked.append(given)))
+    ids = {"known": agent["client_id"], "unknown": credentials.new_client_id(), "malformed": "admin"}
+    guess(client, ids[client_id], secret, "192.0.2.1")
+    assert asked == []
+
+
+# Limits that hold for all workers
+
+
+def workers_of(server: Server) -> list[int]:
+    """The process ids of gunicorn's workers."""
+    told = subprocess.run(["pgrep", "-P", str(server.process.pid)], text=True, capture_output=True)
+    return [int(pid) for pid in told.stdout.split()]
+
+
+@contextmanager
+def only(worker: int, workers: list[int]) -> Iterator[None]:
+    """Let one worker alone answer: the others stand still."""
+    others = [pid for pid in workers if pid != worker]
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
+def ask(server: Server, agent: dict[str, Any], secret: str | None = None, address: str = "192.0.2.1") -> Any:
+    """A token request from an address, by way of a trusted proxy."""
+    body = {"grant_type": "client_credentials", "client_id": agent["client_id"]}
+    body["client_secret"] = secret or agent["client_secret"]
+    came_from = {"X-Forwarded-For": address}
+    return requests.post(f"{server.url}/oauth/token", json=body, headers=came_from, timeout=10)
+
+
+def manage(server: Server, token: str, address: str = "192.0.2.9", **kwargs: Any) -> Any:
+    headers = {"Authorization": f"Bearer {token}", "X-Forwarded-For": address}
+    call = requests.post if "json" in kwargs else requests.get
+    path = kwargs.pop("path", "/api/agents")
+    return call(f"{server.url}{path}", headers=headers, timeout=10, **kwargs)
+
+
+def guess_until_throttled(call: Callable[[], Any]) -> int:
+    """How many guesses are answered as wrong; the last answer says when to come again."""
+    for count in range(80):
+        answer = call()
+        if answer.status_code != 401:
+            assert (answer.status_code, answer.json()["error"]) == (429, "too_many_requests")
+            assert 1 <= int(answer.headers["Retry-After"]) <= 6
+            return count
+    raise AssertionError("never throttled")
+
+
+def test_a_guesser_is_throttled_by_all_workers_and_after_a_restart(serve: Serve) -> None:
+    settings = {"TRUSTED_PROXIES": "1", "ADMIN_TOKEN": "the-operators-token"}
+    server = serve(**settings).wait()
+    agent = manage(server, "the-operators-token", json={"name": "x"}).json()
+    one, other = workers = workers_of(server)
+    began = time.monotonic()
+    with only(one, workers):
+        wrong = guess_until_throttled(lambda: ask(server, agent, "a guess"))
+        admin = guess_until_throttled(lambda: manage(server, "a guess", "192.0.2.1"))
+
+    def forgiven() -> int:
+        return int(time.monotonic() - began) // 6 + 2  # a failure is forgotten each six seconds
+
+    assert 50 <= min(wrong, admin) <= max(wrong, admin) <= 50 + forgiven()
+    with only(other, workers):
+        assert guess_until_throttled(lambda: ask(server, agent, "a guess")) <= forgiven()
+        assert guess_until_throttled(lambda: manage(server, "a guess", "192.0.2.1")) <= forgiven()
+        assert ask(server, agent).status_code == 200, "the agent itself gets in, from the same address"
+        assert ask(server, agent, address="192.0.2.2").status_code == 200
+        assert manage(server, "the-operators-token", "192.0.2.1").status_code == 429
+        told = manage(server, "the-operators-token", path="/api/events?type=auth.failed").json()["events"]
+        assert 1 <= len(told) <= 2 * (time.monotonic() - began + 1)
+        assert len(told) < 10
+    server.stop()
+    server = serve(**settings).wait()
+    assert guess_until_throttled(lambda: ask(server, agent, "a guess")) <= forgiven()
+    assert guess_until_throttled(lambda: manage(server, "a guess", "192.0.2.1")) <= forgiven()
+    assert ask(server, agent).status_code == 200
+
+
+def test_a_rate_limit_counts_the_tokens_of_all_workers(serve: Serve) -> None:
+    server = serve(TRUSTED_PROXIES="1", ADMIN_TOKEN="the-operators-token").wait()
+    agent = manage(server, "the-operators-token", json={"name": "x", "rate_limit": 5}).json()
+    one, other = workers = workers_of(server)
+    with only(one, workers):
+        assert [ask(server, agent).status_code for _ in range(3)] == [200] * 3
+    with only(other, workers):
+        assert [ask(server, agent).status_code for _ in range(3)] == [200, 200, 429]
+        refused = ask(server, agent)
+    assert refused.json()["error"] == "too_many_requests"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
