@@ -191,6 +191,17 @@ def test_the_database_as_it_was_is_kept_beside_it(
     assert str(copy) in caplog.text
 
 
+def test_without_a_copy_there_is_no_upgrade(old: Path, next_release: Callable[[str], Path]) -> None:
+    before = dump(old)
+    next_release(GOOD)
+    copy = old.with_name(f"lanyard.db.before-{upgrade._revisions()[-1]}")
+    copy.mkdir()
+    with pytest.raises(SettingError, match="is as it was"):
+        start(old)
+    assert dump(old) == before
+    assert not list(old.parent.glob("*.part"))
+
+
 def test_a_new_database_needs_no_copy(tmp_path: Path) -> None:
     start(tmp_path / "lanyard.db")
     assert {path.name for path in tmp_path.iterdir()} == {"lanyard.db", "lanyard.db.lock"}
