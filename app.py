@@ -98,7 +98,7 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     try:
         if serving:
             database.mark_serving(app, settings.database_file)
-        database.init_database(app, settings, fill=partial(_fill_database, serving))
+        database.init_database(app, settings, serving=serving, fill=partial(_fill_database, serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None

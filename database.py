@@ -18,9 +18,10 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.orm import InstrumentedAttribute
 
+import upgrade
 import waiting
 from config import Settings
-from models import Base, db
+from models import db
 
 # Locked by another process, read-only, failing, full, or not to be opened.
 _PASSING = {
@@ -79,10 +80,12 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
         raise
 
 
-def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> None:
+def init_database(app: Flask, settings: Settings, *, serving: bool, fill: Callable[[], None]) -> None:
     """Bind the app to its database file, made on the first start with mode 0600.
 
-    :param fill: called once the tables are there, inside the write transaction that made them.
+    :param serving: whether the schema may be changed: a server starts.
+    :param fill: called once the tables are there, inside a write transaction.
+    :raises SettingError: when the schema is not this code's and cannot be made so.
     """
     # mode=rw: a file that vanished is an error to report, not a reason for a new and empty one.
     file = f"file:{quote(str(settings.database_file))}"
@@ -104,8 +107,8 @@ def init_database(app: Flask, settings: Settings, fill: Callable[[], None]) -> N
         with _alone(settings.database_file):
             _refuse_damaged(settings.database_file)
             _use_wal(settings.database_file)
-            with writing() as connection:
-                Base.metadata.create_all(connection)
+            upgrade.bring_up_to_date(settings.database_file, may_change=serving)
+            with writing():
                 fill()
         # gunicorn forks after this: no connection may cross the fork.
         db.engine.dispose()

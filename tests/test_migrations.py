@@ -1,0 +1,295 @@
+"""Migrations: they make the schema of `models.py`, keep what is stored, and change all or nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from conftest import OPERATOR, ask_token, settings_for
+from flask import Flask
+
+import migrate
+import upgrade
+from app import create_app
+from config import HERE, SettingError
+from credentials import SecretChecker
+from models import Base
+
+SHIPPED = HERE / "migrations"
+AGENT = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
+CLIENT = "cid_jbBTZ0e1F4ufeYvekNWtbA"
+SECRET = SecretChecker(4).make()
+
+# A table that others refer to is rebuilt, and every row of it changed.
+GOOD = """
+    with op.batch_alter_table("agents", table_kwargs={"sqlite_autoincrement": True}) as agents:
+        agents.add_column(sa.Column("colour", sa.Text(), nullable=False, server_default="blue"))
+        agents.alter_column("owner", type_=sa.Text())
+    op.execute("UPDATE agents SET token_count = token_count + 1")
+"""
+BAD = {
+    "it raises": GOOD + "    raise KeyError('a bug')",
+    "its SQL is refused": f"{GOOD}    op.execute('INSERT INTO agents (pk) VALUES (8)')",  # noqa: S608
+    "it leaves a row without its agent": f"{GOOD}    op.execute('DELETE FROM agents')",  # noqa: S608
+}
+KILLED = GOOD + "    import os\n    os.kill(os.getpid(), 9)"
+
+
+def clauses(statement: str) -> tuple[str, list[str], str]:
+    """A CREATE statement's parts: before, in and after its brackets; the order of columns does not count."""
+    head, _, rest = re.sub(r"\s+", " ", statement.replace('"', "")).partition("(")
+    body, _, tail = rest.rpartition(")")
+    return head.strip(), sorted(part.strip() for part in re.split(r",(?![^(]*\))", body)), tail.strip()
+
+
+def schema(connection: sa.Connection) -> dict[str, Any]:
+    rows = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {name: clauses(sql) for name, sql in rows if name != "alembic_version"}
+
+
+def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
+    migrate.run(tmp_path / "made.db", SHIPPED, None)
+    made, said = sa.create_engine(f"sqlite:///{tmp_path}/made.db"), sa.create_engine("sqlite://")
+    with made.connect() as connection, said.connect() as model:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+        Base.metadata.create_all(model)
+        # What Alembic does not compare: AUTOINCREMENT, WITHOUT ROWID, checks, names.
+        assert schema(connection) == schema(model)
+    made.dispose()
+    said.dispose()
+
+
+def test_the_revisions_are_numbered_in_the_order_they_run() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(SHIPPED))
+    revisions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
+    assert upgrade._revisions() == revisions[::-1]
+
+
+def folder_of_revisions(folder: Path, body: str) -> Path:
+    """What is shipped, and one revision more."""
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    last = len(list((folder / "versions").glob("*.py")))
+    (folder / "versions" / f"{last + 1:04}_next.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n"
+        f"revision, down_revision = '{last + 1:04}', '{last:04}'\n"
+        f"def upgrade():\n{body}"
+    )
+    return folder
+
+
+@pytest.fixture
+def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Make this code the next release, whose revision does what is given; returns its revisions' folder."""
+
+    def make(body: str) -> Path:
+        shutil.rmtree(tmp_path / "next", ignore_errors=True)
+        monkeypatch.setattr(upgrade, "FOLDER", folder_of_revisions(tmp_path / "next", body))
+        return upgrade.FOLDER
+
+    return make
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A database of the first release with data in it, made without today's models."""
+    first = tmp_path / "first"
+    (first / "versions").mkdir(parents=True)
+    shutil.copy(SHIPPED / "env.py", first)
+    shutil.copy(SHIPPED / "versions" / "0001_first.py", first / "versions")
+    database = tmp_path / "instance" / "lanyard.db"
+    database.parent.mkdir()
+    migrate.run(database, first, None)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(
+            "INSERT INTO agents (pk, id, client_id, name, owner, scopes, audiences, metadata, is_active,"
+            " token_version, token_endpoint_auth_method, created_at, updated_at, minute_count, token_count,"
+            " refresh_count) VALUES (7, ?, ?, 'night-reporter', 'ops', 'read write', '', '{\"a\": \"b\"}', 1,"
+            " 1, 'client_secret_basic', 1780000000, 1780000000, 0, 41, 3)",
+            (AGENT, CLIENT),
+        )
+        connection.execute(
+            "INSERT INTO client_secrets (pk, id, agent_pk, hint, hash, created_at)"
+            " VALUES (1, 'a-secret', 7, ?, ?, 1780000000)",
+            (SECRET.hint, SECRET.hash),
+        )
+        connection.execute("INSERT INTO rotations VALUES (1, 7, 1780000000, 'self')")
+        connection.execute("INSERT INTO usage_days VALUES (7, '2026-06-01', 41, 3)")
+        connection.execute("INSERT INTO spent_assertions VALUES (7, x'00ff', 4000000000)")
+        connection.execute("INSERT INTO revoked_tokens VALUES ('a-jti', 4000000000)")
+        connection.commit()
+    return database
+
+
+def dump(database: Path) -> list[str]:
+    """All that is in it."""
+    with closing(sqlite3.connect(database)) as connection:
+        return list(connection.iterdump())
+
+
+def ask(database: Path, statement: str) -> Any:
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def start(database: Path, *, serving: bool = True) -> Flask:
+    return create_app(settings_for(database.parent, SIGNING_ALG="ES256"), serving=serving)
+
+
+def test_a_database_of_the_first_release_is_served(old: Path) -> None:
+    client = start(old).test_client()
+    agent = {"client_id": CLIENT, "client_secret": SECRET.text}
+    assert ask_token(client, agent).status_code == 200
+    shown = client.get(f"/api/agents/{AGENT}", headers=OPERATOR).json
+    assert shown
+    assert shown["agent"]["name"] == "night-reporter"
+    assert (shown["agent"]["metadata"], shown["agent"]["token_count"]) == ({"a": "b"}, 42)
+
+
+def test_an_upgrade_keeps_every_row(old: Path, next_release: Callable[[str], Path]) -> None:
+    children = ("client_secrets", "rotations", "usage_days", "spent_assertions", "revoked_tokens")
+    before = {table: ask(old, f"SELECT * FROM {table}") for table in children}  # noqa: S608
+    assert all(before.values())
+    next_release(GOOD)
+    start(old)
+    assert before == {table: ask(old, f"SELECT * FROM {table}") for table in children}  # noqa: S608
+    assert ask(old, "SELECT pk, name, token_count, colour FROM agents") == [(7, "night-reporter", 42, "blue")]
+    assert ask(old, "SELECT seq FROM sqlite_sequence WHERE name = 'agents'") == [(7,)]
+    assert ask(old, "PRAGMA integrity_check") == [("ok",)]
+    assert ask(old, "PRAGMA foreign_key_check") == []
+
+
+def test_the_database_as_it_was_is_kept_beside_it(
+    old: Path, next_release: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = dump(old)
+    next_release(GOOD)
+    start(old)
+    [copy] = old.parent.glob("lanyard.db.before-*")
+    assert dump(copy) == before
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert str(copy) in caplog.text
+
+
+def test_without_a_copy_there_is_no_upgrade(old: Path, next_release: Callable[[str], Path]) -> None:
+    before = dump(old)
+    next_release(GOOD)
+    copy = old.with_name(f"lanyard.db.before-{upgrade._revisions()[-1]}")
+    copy.mkdir()
+    with pytest.raises(SettingError, match="is as it was"):
+        start(old)
+    assert dump(old) == before
+    assert not list(old.parent.glob("*.part"))
+
+
+def test_a_new_database_needs_no_copy(tmp_path: Path) -> None:
+    start(tmp_path / "lanyard.db")
+    assert {path.name for path in tmp_path.iterdir()} == {"lanyard.db", "lanyard.db.lock"}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+def test_a_revision_that_fails_changes_nothing(
+    body: str, old: Path, next_release: Callable[[str], Path]
+) -> None:
+    before = dump(old)
+    next_release(body)
+    with pytest.raises(SettingError, match="is as it was"):
+        start(old)
+    assert dump(old) == before
+    next_release(GOOD)
+    start(old)
+    assert ask(old, "SELECT token_count FROM agents") == [(42,)]
+
+
+def start_next(database: Path, folder: Path, barrier: Any) -> None:
+    upgrade.FOLDER = folder
+    barrier.wait()
+    start(database)
+
+
+def start_together(database: Path, folder: Path, count: int) -> list[int | None]:
+    """Start that many processes of the next release; returns how each of them ended."""
+    spawning = multiprocessing.get_context("spawn")
+    barrier = spawning.Barrier(count)
+    started = [spawning.Process(target=start_next, args=(database, folder, barrier)) for _ in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    return [process.exitcode for process in started]
+
+
+def test_a_crash_in_the_middle_changes_nothing(old: Path, next_release: Callable[[str], Path]) -> None:
+    before = dump(old)
+    assert start_together(old, next_release(KILLED), 1) == [-signal.SIGKILL]
+    assert dump(old) == before
+    assert ask(old, "PRAGMA integrity_check") == [("ok",)]
+    next_release(GOOD)
+    start(old)
+    assert ask(old, "SELECT token_count FROM agents") == [(42,)]
+
+
+def test_processes_that_start_together_upgrade_once(old: Path, next_release: Callable[[str], Path]) -> None:
+    assert start_together(old, next_release(GOOD), 2) == [0, 0]
+    assert ask(old, "SELECT token_count, colour FROM agents") == [(42, "blue")]
+    assert len(list(old.parent.glob("lanyard.db.before-*"))) == 1
+
+
+def test_a_newer_database_is_refused_and_left_alone(
+    old: Path, next_release: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_release(GOOD)
+    newer = upgrade._revisions()[-1]
+    start(old)
+    before = dump(old)
+    monkeypatch.setattr(upgrade, "FOLDER", SHIPPED)
+    with pytest.raises(SettingError) as refused:
+        start(old)
+    assert {newer, upgrade._revisions()[-1]} <= set(re.findall(r"\b\d{4}\b", refused.value.message))
+    assert dump(old) == before
+
+
+def test_a_database_without_a_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    database = tmp_path / "lanyard.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE agents (pk INTEGER)")
+    with pytest.raises(SettingError, match="no schema version"):
+        start(database)
+    assert ask(database, "SELECT name FROM sqlite_master") == [("agents",)]
+
+
+def test_a_command_does_not_upgrade(old: Path, next_release: Callable[[str], Path]) -> None:
+    before = dump(old)
+    next_release(GOOD)
+    with pytest.raises(SettingError, match="start the server once"):
+        start(old, serving=False)
+    assert dump(old) == before
+    start(old)
+    start(old, serving=False)
+
+
+def test_a_start_with_nothing_to_upgrade_does_without_alembic(old: Path) -> None:
+    start(old)
+    program = "import sys, app; app.create_app(serving=True); sys.exit('alembic' in sys.modules)"
+    env = {**os.environ, "LANYARD_INSTANCE": str(old.parent)}
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env).returncode == 0
