@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -30,6 +31,15 @@ def run(app: Flask) -> Run:
     """Run a command in the app; its result has `stdout`, `stderr` and `exit_code`."""
     runner = app.test_cli_runner()
     return lambda *arguments, **options: runner.invoke(args=list(map(str, arguments)), **options)
+
+
+@pytest.fixture
+def environment(tmp_path: Path, first_start: Path) -> dict[str, str]:
+    """The environment of a command on an instance of this test's own."""
+    folder = tmp_path / "instance"
+    folder.mkdir()
+    shutil.copy(first_start, folder)
+    return {**os.environ, "LANYARD_INSTANCE": str(folder)}
 
 
 def lanyard(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -279,27 +289,26 @@ def test_a_broken_admin_token_makes_nobody_the_operator(
     assert client.get("/api/agents", headers=headers).status_code == 200
 
 
-def test_the_command_runs_from_any_folder_by_any_name(app: Flask, tmp_path: Path) -> None:
-    env = {**os.environ, "LANYARD_INSTANCE": str(tmp_path / "instance")}
+def test_the_command_runs_from_any_folder_by_any_name(tmp_path: Path, environment: dict[str, str]) -> None:
     link = tmp_path / "ln"
     link.symlink_to(HERE / "lanyard")
     # What lies about in the caller's folder is nothing to run.
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong one')")
-    made = subprocess.run([link, "backup", "here.db", "--json"], cwd=tmp_path, env=env, capture_output=True)
+    command = [link, "backup", "here.db", "--json"]
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["file"] == str(tmp_path / "here.db")
     assert (tmp_path / "here.db").exists()
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "a closed pipe"])
-def test_following_events_ends_quietly(app: Flask, tmp_path: Path, how: str) -> None:
-    env = {**os.environ, "LANYARD_INSTANCE": str(tmp_path / "instance")}
+def test_following_events_ends_quietly(environment: dict[str, str], how: str) -> None:
     command = [HERE / "lanyard", "events", "tail", "-n", "1"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stderr
-        subprocess.run([HERE / "lanyard", "keys", "rotate"], env=env, check=True, capture_output=True)
+        assert lanyard("keys", "rotate", env=environment).returncode == 0
         assert json.loads(process.stdout.readline())["type"] == "key.rotated"
         if how == "Ctrl-C":
             process.send_signal(signal.SIGINT)
