@@ -13,7 +13,8 @@ import requests
 from conftest import Server
 
 import headers
-from worker import MAX_BODY, Arrival, Refused
+from arrival import Arrival, Refused
+from wire import MAX_BODY
 
 TOKEN = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"
