@@ -160,12 +160,11 @@ def _take_write_lock(execute: Callable[[str], Any], seconds: float) -> None:
         execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
 
-def may_pass(error: sa.exc.OperationalError | sqlite3.OperationalError) -> bool:
-    """Whether a database error is of the kind that ends by itself or by the operator's hand."""
-    code = (
-        getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF
-    )  # the extended codes' low byte
-    return code & 0xFF in _PASSING  # the low byte of the extended codes
+def may_pass(error: Exception) -> bool:
+    """Whether an error is the database's, of the kind that ends by itself or by the operator's hand."""
+    cause = getattr(error, "orig", error)
+    # The low byte of the extended codes.
+    return isinstance(cause, sqlite3.OperationalError) and cause.sqlite_errorcode & 0xFF in _PASSING
 
 
 def mark_serving(app: Flask, path: Path) -> None:

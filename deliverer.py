@@ -155,7 +155,7 @@ class Deliverer:
 
 def _complain(what: str, error: Exception) -> None:
     # Where the database failed is no news when it is locked or full: one line will do.
-    passing = isinstance(error, sa.exc.OperationalError) and may_pass(error)
+    passing = may_pass(error)
     log.error("%s: %s", what, getattr(error, "orig", error), exc_info=None if passing else error)
 
 

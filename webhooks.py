@@ -172,6 +172,7 @@ def send_again(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
         _switched_on(webhook_id)
         delivery = _find_delivery(webhook_id, delivery_id)
         delivery.status, delivery.attempts, delivery.next_attempt_at = "pending", 0, clock.now()
+        delivery.response_status = delivery.response_body = delivery.error = None
     return {"delivery": delivery}
 
 

@@ -4,7 +4,7 @@ The MCP server's URL is among the agent's `audiences`, since the SDK asks for a 
 
     pip install mcp
     CLIENT_ID=cid_… CLIENT_SECRET=cs_… python mcp_client.py secret http://localhost:8080 http://localhost:8000/mcp
-    CLIENT_ID=cid_… PRIVATE_KEY=ed25519.pem python mcp_client.py key http://localhost:8080 http://localhost:8000/mcp
+    CLIENT_ID=cid_… PRIVATE_KEY=private-key.pem python mcp_client.py key http://localhost:8080 http://localhost:8000/mcp
 """
 
 import asyncio
@@ -61,7 +61,7 @@ def by_key() -> OAuthClientProvider:
         issuer=CLIENT_ID,
         subject=CLIENT_ID,
         signing_key=Path(os.environ["PRIVATE_KEY"]).read_text(),
-        signing_algorithm="EdDSA",
+        signing_algorithm=os.environ.get("SIGNING_ALGORITHM", "ES256"),
     )
     return PrivateKeyJWTOAuthProvider(
         URL,

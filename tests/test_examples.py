@@ -17,7 +17,7 @@ import jwt
 import pytest
 import requests
 from conftest import Server, free_port
-from joserfc.jwk import OKPKey
+from joserfc.jwk import ECKey, OKPKey
 from test_serving import register, token_body
 
 from config import HERE
@@ -181,10 +181,14 @@ def test_an_mcp_client_signs_in_by_secret(lanyard: Server, issuer: str, mcp: str
     assert counts(lanyard, agent) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("key", "algorithm"),
+    [(ECKey.generate_key("P-256"), "ES256"), (OKPKey.generate_key("Ed25519"), "EdDSA")],
+    ids=["ES256", "EdDSA"],
+)
 def test_an_mcp_client_signs_in_by_private_key(
-    lanyard: Server, issuer: str, mcp: str, tmp_path: Path
+    lanyard: Server, issuer: str, mcp: str, tmp_path: Path, key: ECKey | OKPKey, algorithm: str
 ) -> None:
-    key = OKPKey.generate_key("Ed25519")
     file = tmp_path / "key.pem"
     file.write_bytes(key.as_pem(private=True))
     agent = register(
@@ -193,7 +197,8 @@ def test_an_mcp_client_signs_in_by_private_key(
         token_endpoint_auth_method="private_key_jwt",
         jwks={"keys": [key.as_dict(private=False)]},
     )
-    done = run("mcp_client.py", "key", issuer, mcp, CLIENT_ID=agent["client_id"], PRIVATE_KEY=str(file))
+    mine = {"CLIENT_ID": agent["client_id"], "PRIVATE_KEY": str(file), "SIGNING_ALGORITHM": algorithm}
+    done = run("mcp_client.py", "key", issuer, mcp, **mine)
     assert done.returncode == 0, done.stderr
     assert agent["client_id"] in done.stdout
 
