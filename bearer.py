@@ -29,7 +29,9 @@ from wire import Problem
 _EXTENSION = "lanyard.bearer"
 _ANY_AUDIENCE = "lanyard.bearer.any_audience"
 ADMIN_SCOPE = "admin"
-_INVALID = "The access token has expired, was revoked, is malformed, is meant for another audience, or its agent is off."
+_INVALID = (
+    "The access token has expired, was revoked, is malformed or for another audience, or its agent is off."
+)
 
 
 class ClaimsRegistry(JWTAccessTokenClaims.registry_cls):

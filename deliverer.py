@@ -155,8 +155,7 @@ class Deliverer:
 
 def _complain(what: str, error: Exception) -> None:
     # Where the database failed is no news when it is locked or full: one line will do.
-    passing = may_pass(error)
-    log.error("%s: %s", what, getattr(error, "orig", error), exc_info=None if passing else error)
+    log.error("%s: %s", what, getattr(error, "orig", error), exc_info=None if may_pass(error) else error)
 
 
 def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:
