@@ -8,8 +8,10 @@ from wire import MAX_BODY
 
 MAX_HEAD = 64 * 1024  # bytes
 
-_LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
-_CHUNKED = re.compile(rb"^transfer-encoding:", re.IGNORECASE | re.MULTILINE)
+_LENGTHS = re.compile(rb"^content-length[ \t]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_LENGTH = re.compile(rb"[ \t]*([0-9]{1,18})[ \t\r]*")
+_CODINGS = re.compile(rb"^transfer-encoding[ \t]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_CHUNKED = re.compile(rb"[ \t]*chunked[ \t\r]*", re.IGNORECASE)
 _EXPECT = re.compile(rb"^expect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?")
 
@@ -36,9 +38,8 @@ class Arrival:
     def add(self, data: bytes) -> bool:
         """Take in more bytes; returns whether the request is whole.
 
-        What cannot be made out counts as whole: the parser says what is wrong with it.
-
-        :raises Refused: when it is longer than a request may be.
+        :raises Refused: when it is longer than a request may be, or another could take its length for
+            something else: then what follows might be taken for a request (RFC 9112 §11.2).
         """
         self.data += data
         if self._body_at is None and not self._find_body():
@@ -57,20 +58,29 @@ class Arrival:
             return False
         self._body_at = self._end = at + 4
         head = bytes(self.data[: at + 2])
-        self._chunked = _CHUNKED.search(head) is not None
-        length = _LENGTH.search(head)
-        if length and not self._chunked:
+        codings, lengths = _CODINGS.findall(head), _LENGTHS.findall(head)
+        if codings and not (len(codings) == 1 and _CHUNKED.fullmatch(codings[0])):
+            raise Refused(501)
+        if len(lengths) + len(codings) > 1:
+            raise Refused(400)
+        self._chunked = bool(codings)
+        if lengths:
+            length = _LENGTH.fullmatch(lengths[0])
+            if length is None:
+                raise Refused(400)
             if int(length[1]) > MAX_BODY:
                 raise Refused(413)
             self._end += int(length[1])
-        self.is_waiting_for_go_ahead = _EXPECT.search(head) is not None
+        # RFC 9110 §10.1.1: a client of HTTP/1.0 would not know what to make of it.
+        is_new = head.partition(b"\r\n")[0].endswith(b"HTTP/1.1")
+        self.is_waiting_for_go_ahead = is_new and _EXPECT.search(head) is not None
         return True
 
     def _skip_chunks(self) -> bool:
         while (line_end := self.data.find(b"\r\n", self._end)) >= 0:
             size = _CHUNK_SIZE.fullmatch(self.data, self._end, line_end)
             if size is None:
-                return True
+                raise Refused(400)
             if int(size[1], 16) == 0:
                 # Trailers may follow; an empty line ends them.
                 return self.data.find(b"\r\n\r\n", line_end) >= 0 or self._too_long()

@@ -29,9 +29,7 @@ from wire import Problem
 _EXTENSION = "lanyard.bearer"
 _ANY_AUDIENCE = "lanyard.bearer.any_audience"
 ADMIN_SCOPE = "admin"
-_INVALID = (
-    "The access token has expired, was revoked, is malformed or for another audience, or its agent is off."
-)
+_INVALID = "The access token has expired, was revoked, is malformed or not for here, or its agent is off."
 
 
 class ClaimsRegistry(JWTAccessTokenClaims.registry_cls):

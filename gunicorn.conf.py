@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import socket
 import sys
 from typing import Any
@@ -38,6 +39,9 @@ access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
 
 def on_starting(server: Any) -> None:
     """Refuse an address that is taken, or that the command line gave against local mode."""
+    # Connections are files: as many as there may be.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     addresses = server.cfg.address
     if settings.local and any(not isinstance(a, tuple) or a[0] != "127.0.0.1" for a in addresses):
         sys.exit(

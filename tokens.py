@@ -55,7 +55,8 @@ _REFRESH_DAY = Prepared(
 _MINUTE_IS_OVER = sa.or_(
     Agent.minute_began_at.is_(None),
     Agent.minute_began_at <= bindparam("minute_ago", type_=Moment),
-    Agent.minute_began_at > _NOW,  # before the clock was set back
+    # Before the clock was set back; one that merely waited for the lock is a little behind.
+    Agent.minute_began_at > bindparam("minute_ahead", type_=Moment),
 )
 _HAS_ROOM = sa.or_(_MINUTE_IS_OVER, Agent.minute_count < Agent.rate_limit)
 _SEE_ROOM = Prepared(
@@ -276,6 +277,7 @@ def _minute(client: Client) -> dict[str, Any]:
         "agent": client.row.pk,
         "now": client.now,
         "minute_ago": client.now - timedelta(seconds=MINUTE),
+        "minute_ahead": client.now + timedelta(seconds=MINUTE),
     }
 
 

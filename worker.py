@@ -6,14 +6,13 @@ import heapq
 import itertools
 import json
 import math
-import select
 import selectors
 import signal
 import socket
-import struct
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ LINGER = 2  # seconds for a client to read its answer before the connection goes
 MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
 AT_THE_DOOR = 1  # seconds that a stopping worker lets a new connection's first request be on its way
 HESITATION = 0.0002  # seconds: without it one worker may take all that come, and keep them
-STALL = 10  # seconds a thread waits for a client that does not read, or sends less than it said
+DEPARTURE = 60  # seconds a client may take to read its answer
 
 _REFUSALS = {
     400: ("invalid_request", "This is not a request that HTTP/1.1 knows."),
@@ -55,7 +54,7 @@ _STATUS_OF = {
 
 
 class Response(wsgi.Response):
-    """gunicorn's in one packet, without its name; its thread does not lead on while a client reads slowly."""
+    """gunicorn's in one packet, and without its name."""
 
     headers_sent: bool
     _head = b""
@@ -90,49 +89,28 @@ class Response(wsgi.Response):
 
     def _flush(self, data: bytes = b"") -> None:
         head, self._head = self._head, b""
-        if not head and not data:
-            return
-        if len(data) > MAX_BODY or not _takes_more(self.sock):
-            waiting.step_aside()
-        self.sock.sendall(head + data)
+        if head or data:
+            self.sock.sendall(head + data)
 
 
 # gunicorn has no setting for it: its `wsgi.create` makes whatever goes by this name.
 wsgi.Response = Response
 
 
-def _takes_more(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT)
-    return bool(poll.poll(0))
+class Socket(socket.socket):
+    """A client's socket on which nothing waits: what the client does not take at once is kept for later."""
 
+    unsent: bytes = b""
 
-class Connection(TConn):
-    """A client's connection, which waits in the worker's poller for a request or for its end."""
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send what goes, and keep the rest."""
+        self.unsent += bytes(data)
+        self.send_more()
 
-    def __init__(self, worker: Worker, sock: socket.socket, client: Any) -> None:
-        super().__init__(worker.cfg, sock, client, sock.getsockname())
-        self.worker = worker
-        self.arrival = Arrival()
-        self.deadline: float | None = None  # while it waits
-        self.is_leaving = False
-        # For the rest: a body that its chunks misdescribe, a client that does not read its answer.
-        stall = struct.pack("ll", STALL, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
-
-    def close(self, graceful: bool = False) -> None:
-        """Close; gracefully without gunicorn's two seconds of everybody's time, in the poller."""
-        if graceful:
-            self.worker.see_off(self)
-        else:
-            super().close()
-
-
-class _Mine(threading.local):
-    """What each thread knows of itself."""
-
-    is_leading = False
+    def send_more(self) -> None:
+        """Send what goes of what was kept."""
+        with suppress(BlockingIOError):
+            self.unsent = self.unsent[self.send(self.unsent, socket.MSG_DONTWAIT) :]
 
 
 class Done(NamedTuple):
@@ -147,6 +125,38 @@ class Done(NamedTuple):
     def cancelled(self) -> bool:
         """Never."""
         return False
+
+
+class Connection(TConn):
+    """A client's connection, which waits in the worker's poller for a request or for its end."""
+
+    sock: Socket
+
+    def __init__(self, worker: Worker, sock: Socket, client: Any) -> None:
+        super().__init__(worker.cfg, sock, client, sock.getsockname())
+        self.worker = worker
+        self.arrival = Arrival()
+        self.deadline: float | None = None  # while it waits
+        self.is_leaving = False
+        self.done = Done(False)
+
+    def init(self) -> None:
+        """gunicorn's; its parser is given whole requests, and must never wait for more of one."""
+        super().init()
+        self.parser.unreader.chunk = bytes
+
+    def close(self, graceful: bool = False) -> None:
+        """Close; gracefully without gunicorn's two seconds of everybody's time, in the poller."""
+        if graceful:
+            self.worker.see_off(self)
+        else:
+            super().close()
+
+
+class _Mine(threading.local):
+    """What each thread knows of itself."""
+
+    is_leading = False
 
 
 class Worker(ThreadWorker):
@@ -164,6 +174,8 @@ class Worker(ThreadWorker):
         self._deadlines: list[tuple[float, int, Connection]] = []
         self._counter = itertools.count()
         self._ready: deque[Connection] = deque()
+        self._leaving: set[Connection] = set()
+        self._no_room_until = -math.inf
         self._lead = threading.Lock()
         self._mine = _Mine()
         self._door_closed_at = math.inf
@@ -199,7 +211,8 @@ class Worker(ThreadWorker):
 
     def _do_round(self) -> None:
         self.notify()
-        self.set_accept_enabled(self.nr_conns < self.worker_connections)
+        has_room = self.nr_conns < self.worker_connections and time.monotonic() > self._no_room_until
+        self.set_accept_enabled(has_room)
         self.wait_for_and_dispatch_events(1.0)
         if self._mine.is_leading:
             self.alive = self.alive and self.is_parent_alive()
@@ -235,8 +248,13 @@ class Worker(ThreadWorker):
             return False
         except ConnectionAbortedError:
             return True
+        except OSError as error:
+            # No file descriptor or no memory is left: some come back when others leave.
+            self.log.error("No connection can be accepted: %s", error)
+            self._no_room_until = time.monotonic() + 1
+            return False
         self.nr_conns += 1
-        self.enqueue_req(Connection(self, sock, client))
+        self.enqueue_req(Connection(self, Socket(fileno=sock.detach()), client))
         return True
 
     def set_accept_enabled(self, enabled: bool) -> None:
@@ -272,16 +290,18 @@ class Worker(ThreadWorker):
     def _receive(self, conn: Connection) -> None:
         conn.sock.setblocking(False)
         arrival = conn.arrival
-        try:
-            data = conn.sock.recv(MAX_BODY)
-        except BlockingIOError:
-            whole = bool(arrival.data) and arrival.add(b"")
-        else:
-            if not data and not arrival.data:
-                self._drop(conn)
-                return
-            # Nothing more comes: the parser knows what to say to what there is.
-            whole = arrival.add(data) or not data
+        whole = bool(arrival.data) and arrival.add(b"")
+        if not whole:
+            try:
+                data = conn.sock.recv(MAX_BODY)
+            except BlockingIOError:
+                pass
+            else:
+                if not data and not arrival.data:
+                    self._drop(conn)
+                    return
+                # Nothing more comes: the parser knows what to say to what there is.
+                whole = arrival.add(data) or not data
         if whole:
             conn.init()
             conn.parser.unreader.unread(arrival.take())
@@ -300,12 +320,34 @@ class Worker(ThreadWorker):
             # Whoever leads looks after the connections.
             self.method_queue.defer(self.finish_request, conn, done)
 
-    def _wait(self, conn: Connection, seconds: float | None) -> None:
+    def finish_request(self, conn: Connection, done: Done) -> None:
+        """gunicorn's, once the client has taken its answer: until then it waits in the poller."""
+        if not conn.sock.unsent:
+            super().finish_request(conn, done)
+            return
+        conn.done = done
+        self._wait(conn, DEPARTURE, selectors.EVENT_WRITE)
+
+    def _on_writable(self, conn: Connection, sock: Socket) -> None:
+        self.poller.unregister(sock)
+        try:
+            sock.send_more()
+        except OSError:
+            self._drop(conn)
+            return
+        if sock.unsent:
+            self._wait(conn, None, selectors.EVENT_WRITE)
+        else:
+            conn.deadline = None
+            super().finish_request(conn, conn.done)
+
+    def _wait(self, conn: Connection, seconds: float | None, event: int = selectors.EVENT_READ) -> None:
         """Let it wait in the poller; `seconds` sets its deadline, None leaves the one it has."""
         if seconds is not None:
             conn.deadline = time.monotonic() + seconds
             heapq.heappush(self._deadlines, (conn.deadline, next(self._counter), conn))
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._on_readable, conn))
+        act = self._on_readable if event == selectors.EVENT_READ else self._on_writable
+        self.poller.register(conn.sock, event, partial(act, conn))
 
     def _on_readable(self, conn: Connection, sock: socket.socket) -> None:
         self.poller.unregister(sock)
@@ -326,7 +368,7 @@ class Worker(ThreadWorker):
                 self._give_up(conn)
 
     def _end_idle(self, deadline: float, _: int, conn: Connection) -> bool:
-        idle = conn.deadline == deadline and not conn.arrival.data
+        idle = conn.deadline == deadline and not conn.arrival.data and not conn.sock.unsent
         if idle:
             self._give_up(conn)
         return idle
@@ -346,13 +388,15 @@ class Worker(ThreadWorker):
     def _drop(self, conn: Connection) -> None:
         if not conn.is_leaving:
             self.nr_conns -= 1
+        self._leaving.discard(conn)
         conn.deadline = None
         conn.close()
 
     def see_off(self, conn: Connection) -> None:
         """Half-close, and close when the client has: it may still be reading (RFC 9112 §9.6)."""
         conn.is_leaving = True
-        if len(self._deadlines) > MOST_LEAVING:
+        self._leaving.add(conn)
+        if len(self._leaving) > MOST_LEAVING:
             self._drop(conn)
             return
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -202,3 +203,72 @@ def test_small_chunks_are_read_through_once() -> None:
         for _ in range(MAX_BODY):
             arrival.add(b"1\r\na\r\n")
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        pytest.param(TOKEN + b"Content-Length: 00000000000000000010\r\n\r\n", 400, id="length-of-20-digits"),
+        pytest.param(TOKEN + b"Content-Length: +5\r\n\r\n", 400, id="length-with-a-sign"),
+        pytest.param(TOKEN + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400, id="two-lengths"),
+        pytest.param(CHUNKED[:-2] + b"Content-Length: 5\r\n\r\n", 400, id="length-and-chunks"),
+        pytest.param(CHUNKED + b"000000005\r\n", 400, id="chunk-size-of-9-digits"),
+        pytest.param(TOKEN + b"Transfer-Encoding: gzip\r\n\r\n", 501, id="unknown-coding"),
+        pytest.param(TOKEN + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501, id="two-codings"),
+    ],
+)
+def test_a_request_whose_end_two_could_see_differently_is_refused_at_once(
+    server: Server, sent: bytes, status: int
+) -> None:
+    started = time.monotonic()
+    assert answer(server, sent).startswith(b"HTTP/1.1 %d " % status)
+    assert time.monotonic() - started < 2
+
+
+def test_a_client_of_http_1_0_is_not_told_to_go_ahead(server: Server) -> None:
+    sent = TOKEN.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}"
+    assert b"100 Continue" not in answer(server, sent)
+
+
+def test_clients_that_do_not_read_their_answers_do_not_stop_the_others(server: Server) -> None:
+    with ExitStack() as open_connections:
+        for _ in range(20):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", server.port))
+            open_connections.enter_context(client)
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        assert slowest_of(server, 20) < 1
+
+
+def test_a_large_answer_reaches_a_slow_reader_whole(server: Server) -> None:
+    with connect(
+        server, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    ) as client:
+        found = b""
+        while data := client.recv(4096):
+            found += data
+            time.sleep(0.002)
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
+def test_many_requests_sent_at_once_are_answered_one_by_one_and_all(server: Server) -> None:
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    sent = one * 999 + one.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    assert answer(server, sent).count(b"HTTP/1.1 200 OK") == 1000
+
+
+def test_a_worker_without_file_descriptors_goes_on_when_some_are_free_again(
+    serve: Callable[..., Server],
+) -> None:
+    running = serve(WORKERS="1").wait()
+    (worker,) = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
+    resource.prlimit(int(worker), resource.RLIMIT_NOFILE, (40, 40))
+    with ExitStack() as open_connections:
+        for _ in range(60):
+            open_connections.enter_context(connect(running))
+        time.sleep(0.5)
+    assert requests.get(f"{running.url}/health", timeout=5).status_code == 200
+    assert Path(f"/proc/{worker}").exists()
+    assert "No connection can be accepted" in running.stop()
