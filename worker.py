@@ -32,6 +32,7 @@ ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last
 LINGER = 2  # seconds for a client to read its answer before the connection goes
 MOST_LEAVING = 1000  # connections that linger at once; more are closed right away
 AT_THE_DOOR = 1  # seconds that a stopping worker lets a new connection's first request be on its way
+AT_ONCE = 8  # connections
 HESITATION = 0.0002  # seconds: without it one worker may take all that come, and keep them
 DEPARTURE = 60  # seconds a client may take to read its answer
 
@@ -239,7 +240,10 @@ class Worker(ThreadWorker):
             self._lead.release()
 
     def accept(self, listener: socket.socket) -> bool:
-        """gunicorn's, with a Connection of ours; returns whether there may be another."""
+        """Let some in, and no more before those are answered; returns whether there may be another."""
+        return all(self._accept_one(listener) for _ in range(AT_ONCE))
+
+    def _accept_one(self, listener: socket.socket) -> bool:
         if self.nr_conns and self.alive:
             time.sleep(HESITATION)
         try:
