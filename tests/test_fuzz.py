@@ -29,7 +29,7 @@ from anything import (
 )
 from conftest import OPERATOR, Operator, ask_token, close, settings_for
 from flask import Flask
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from werkzeug.datastructures import Headers
 from werkzeug.test import TestResponse
@@ -121,6 +121,7 @@ def check_unchanged_if_refused(response: TestResponse, method: str, *, changed: 
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=settings.default.max_examples // 3)  # for each of the many
 @given(data=st.data())
 def test_any_body_to_a_management_route(instance: Instance, route: str, data: st.DataObject) -> None:
     method, path = route.split()

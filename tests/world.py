@@ -158,6 +158,12 @@ def hint(secret: Secret) -> str:
     return secret.text[3:11]
 
 
+def asking(asked: list[str] | None, resource: list[str]) -> dict[str, Any]:
+    """`scope` and `resource`, when they are asked for."""
+    wanted: dict[str, Any] = {} if asked is None else {"scope": " ".join(asked)}
+    return {**wanted, "resource": resource} if resource else wanted
+
+
 def plain(body: dict[str, Any], way: str) -> dict[str, Any]:
     return {"json": body} if way == "json" else {"data": body}
 
