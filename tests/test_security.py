@@ -110,9 +110,13 @@ def test_a_malformed_secret_is_hashed_for_nobody(
 
 
 def workers_of(server: Server) -> list[int]:
-    """The process ids of gunicorn's workers."""
-    told = subprocess.run(["pgrep", "-P", str(server.process.pid)], text=True, capture_output=True)
-    return [int(pid) for pid in told.stdout.split()]
+    """The process ids of gunicorn's two workers; the first may answer before the second is there."""
+    found: list[str] = []
+    until = time.monotonic() + 10
+    while len(found) < 2 and time.monotonic() < until:
+        told = subprocess.run(["pgrep", "-P", str(server.process.pid)], text=True, capture_output=True)
+        found = told.stdout.split()
+    return [int(pid) for pid in found]
 
 
 @contextmanager
