@@ -112,7 +112,8 @@ def _fill_database(serving: bool) -> None:
     vault.reseal_all()
 
 
-@service.get("/")
+# RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
+@service.get("/", strict_slashes=False)
 def about() -> dict[str, Any]:
     """Name, version, links."""
     return {

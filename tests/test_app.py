@@ -23,6 +23,12 @@ def test_the_front_page_names_and_links(client: FlaskClient) -> None:
         assert client.get(path).status_code != 404
 
 
+def test_no_path_at_all_is_the_front_page(client: FlaskClient) -> None:
+    # What `GET http://localhost HTTP/1.1`, as a proxy is asked, comes to.
+    response = client.get("/", environ_overrides={"PATH_INFO": ""})
+    assert (response.status_code, response.json) == (200, client.get("/").json)
+
+
 def test_health_answers_while_the_process_lives(client: FlaskClient) -> None:
     assert (client.get("/health").status_code, client.get("/health").json) == (200, {"status": "ok"})
 
