@@ -55,43 +55,16 @@ _STATUS_OF = {
 
 
 class Response(wsgi.Response):
-    """gunicorn's in one packet, and without its name."""
-
-    headers_sent: bool
-    _head = b""
+    """gunicorn's, without its name."""
 
     def default_headers(self) -> list[str]:
         """gunicorn's first lines, without `Server`."""
         return [line for line in super().default_headers() if not line.startswith("Server:")]
 
-    def send_headers(self) -> None:
-        """Have them ready to go with the body: a packet of their own costs as much as parsing a request."""
-        if not self.headers_sent:
-            lines = [
-                *self.default_headers(),
-                *(f"{name}: {value}\r\n" for name, value in self.headers),
-                "\r\n",
-            ]
-            self._head = "".join(lines).encode("latin-1")
-            self.headers_sent = True
-
-    def _emit_body(self, data: bytes) -> None:
-        if self.chunked:
-            self._flush()
-            super()._emit_body(data)
-        else:
-            self._flush(data)
-
     def close(self) -> None:
-        """gunicorn's, after what has no body to go with."""
-        self.send_headers()
-        self._flush()
+        """gunicorn's; then it goes, before anything is done that can come after an answer."""
         super().close()
-
-    def _flush(self, data: bytes = b"") -> None:
-        head, self._head = self._head, b""
-        if head or data:
-            self.sock.sendall(head + data)
+        self.sock.send_more()
 
 
 # gunicorn has no setting for it: its `wsgi.create` makes whatever goes by this name.
@@ -99,19 +72,23 @@ wsgi.Response = Response
 
 
 class Socket(socket.socket):
-    """A client's socket on which nothing waits: what the client does not take at once is kept for later."""
+    """A client's socket on which nothing waits: what is to be sent is kept until the client takes it."""
 
     unsent: bytes = b""
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send what goes, and keep the rest."""
+        """Keep it: a packet for the headers alone costs as much as parsing a request."""
         self.unsent += bytes(data)
-        self.send_more()
 
     def send_more(self) -> None:
         """Send what goes of what was kept."""
         with suppress(BlockingIOError):
             self.unsent = self.unsent[self.send(self.unsent, socket.MSG_DONTWAIT) :]
+
+    def close(self) -> None:
+        """What was not taken is nobody's any more."""
+        self.unsent = b""
+        super().close()
 
 
 class Done(NamedTuple):
@@ -282,9 +259,6 @@ class Worker(ThreadWorker):
     def _serve(self, conn: Connection) -> None:
         """Answer when the request is whole; else the connection waits for more."""
         try:
-            if conn.parser:
-                # What came behind the last request on this connection.
-                conn.arrival.add(conn.parser.unreader.take_buffered())
             self._receive(conn)
         except Refused as refusal:
             self._refuse(conn, refusal.status)
@@ -294,7 +268,8 @@ class Worker(ThreadWorker):
     def _receive(self, conn: Connection) -> None:
         conn.sock.setblocking(False)
         arrival = conn.arrival
-        whole = bool(arrival.data) and arrival.add(b"")
+        # What came behind the last request on this connection.
+        whole = arrival.add(conn.parser.unreader.take_buffered() if conn.parser else b"")
         if not whole:
             try:
                 data = conn.sock.recv(MAX_BODY)
@@ -385,7 +360,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _refuse(self, conn: Connection, status: int) -> None:
-        _answer(conn.sock, conn.client, status)
+        _answer_alone(conn.sock, conn.client, status)
         self.nr_conns -= 1
         self.see_off(conn)
 
@@ -428,10 +403,12 @@ class Worker(ThreadWorker):
         request_id = credentials.new_request_id()
         if status is None and not isinstance(exc, errors.ParseException):
             self.log.exception("Error handling the request %s", request_id)
-        _answer(client, addr, status or (400 if isinstance(exc, errors.ParseException) else 500), request_id)
+        _answer_alone(
+            client, addr, status or (400 if isinstance(exc, errors.ParseException) else 500), request_id
+        )
 
 
-def _answer(sock: socket.socket, client: Any, status: int, request_id: str | None = None) -> None:
+def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str | None = None) -> None:
     """Answer as the app does, without it."""
     request_id = request_id or credentials.new_request_id()
     error, description = _REFUSALS[status]
