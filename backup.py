@@ -7,11 +7,10 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import clock
 from config import Settings
-from database import BUSY_TIMEOUT, give_to_owner_of, nobody_serving, sync_folder
+from database import give_to_owner_of, nobody_serving, open_read_only, sync_folder
 from models import Base
 
 PAGES = 1024  # copied at a time: some milliseconds
@@ -83,14 +82,6 @@ def check(file: Path, what: str) -> None:
     lacking = _lacking(columns)
     if lacking or not keys:
         raise BackupError(f"{what} is no database of Lanyard's: it lacks {lacking or 'a signing key'}.")
-
-
-def open_read_only(file: Path) -> sqlite3.Connection:
-    """A connection that changes nothing.
-
-    :raises sqlite3.OperationalError: when there is no such file.
-    """
-    return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> set[str]:

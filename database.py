@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -208,6 +208,14 @@ def is_serving(path: Path) -> bool:
     return False
 
 
+def open_read_only(file: Path) -> sqlite3.Connection:
+    """A connection that changes nothing.
+
+    :raises sqlite3.OperationalError: when there is no such file.
+    """
+    return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+
+
 def give_to_owner_of(model: Path, file: Path) -> None:
     """What root writes for the server must stay the server's: give it the owner of `model`."""
     if os.geteuid() == 0:
@@ -240,11 +248,8 @@ def _refuse_damaged(path: Path) -> None:
     """
     if not path.exists():
         return
-    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
-    try:
+    with closing(open_read_only(path)) as connection:
         sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-    finally:
-        connection.close()
     if not sound:
         raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
 
@@ -253,11 +258,8 @@ def _use_wal(path: Path) -> None:
     # The -wal and -shm files take the database file's mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     os.chmod(path, 0o600)
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT)
-    try:
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")  # remembered in the file
-    finally:
-        connection.close()
 
 
 def _on_connect(connection: sqlite3.Connection, record: Any) -> None:

@@ -202,7 +202,7 @@ def _parcel(delivery: Delivery, webhook: Webhook) -> Parcel:
 
 def _body(event: Event) -> bytes:
     """The same bytes at every attempt."""
-    timestamp = event.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+    timestamp = clock.rfc3339(event.created_at)
     told = {"id": event.id, "type": event.type, "timestamp": timestamp, "data": event.data}
     return json.dumps(told, separators=(",", ":")).encode()
 

@@ -20,7 +20,7 @@ import clock
 import keys
 import vault
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
-from database import is_serving
+from database import is_serving, open_read_only
 from models import Agent, Delivery, Event, SigningKey, Webhook
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -172,7 +172,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
         yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
         return
     yield Finding(OK, "database", f"{file} is sound.")
-    engine = sa.create_engine("sqlite://", creator=lambda: backup.open_read_only(file), poolclass=sa.NullPool)
+    engine = sa.create_engine("sqlite://", creator=lambda: open_read_only(file), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
             for look in (
@@ -207,32 +207,32 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
     ]
     latest = max((moment for moment in moments if moment), default=now)
     if now < BUILT:
-        yield Finding(FAIL, "clock", f"It is not {_moment(now)}: set the clock.")
+        yield Finding(FAIL, "clock", f"It is not {clock.rfc3339(now)}: set the clock.")
     elif latest > now + CLOCK_LEEWAY:
         yield Finding(
             WARN,
             "clock",
-            f"The database knows of {_moment(latest)}, the clock shows {_moment(now)}: set the clock,"
-            " or, if it is right now, know that some things will expire late.",
+            f"The database knows of {clock.rfc3339(latest)}, the clock shows {clock.rfc3339(now)}:"
+            " set the clock, or, if it is right now, know that some things will expire late.",
         )
     else:
-        yield Finding(OK, "clock", f"{_moment(now)}; nothing in the database is from the future.")
+        yield Finding(OK, "clock", f"{clock.rfc3339(now)}; nothing in the database is from the future.")
 
 
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     lives = keys.lives(connection.execute(keys.NEWEST_FIRST).all())
     signing = next(key for key in lives if key.state in ("signing", "gone"))
     age = clock.now() - signing.signs_from
-    told = f"{signing.alg} key {signing.kid[:8]}… signs since {_moment(signing.signs_from)}"
+    told = f"{signing.alg} key {signing.kid[:8]}… signs since {clock.rfc3339(signing.signs_from)}"
     coming = [key for key in lives if key.state == "published"]
     if coming:
-        yield Finding(OK, "keys", f"{told}; the next one from {_moment(coming[0].signs_from)}.")
+        yield Finding(OK, "keys", f"{told}; the next one from {clock.rfc3339(coming[0].signs_from)}.")
     elif lives[0].alg != settings.signing_alg:
         yield Finding(WARN, "keys", f"{told}; the next start makes one for {settings.signing_alg}.")
     elif age > KEY_AGE:
         yield Finding(WARN, "keys", f"{told}, {age.days} days: ./lanyard keys rotate")
     else:
-        due = _moment(signing.signs_from + KEY_AGE)
+        due = clock.rfc3339(signing.signs_from + KEY_AGE)
         yield Finding(OK, "keys", f"{told}; no next one is published, which is due by {due}.")
 
 
@@ -284,10 +284,6 @@ def _complain(subject: str, complaints: list[str], praise: str, *, level: str = 
     yield from (Finding(level, subject, complaint) for complaint in complaints)
     if not complaints:
         yield Finding(OK, subject, praise)
-
-
-def _moment(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _megabytes(size: int) -> str:

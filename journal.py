@@ -97,7 +97,7 @@ def _size(response: Response) -> int | None:
 
 
 def _write(**known: Any) -> None:
-    line: dict[str, Any] = {"time": f"{clock.now():%Y-%m-%dT%H:%M:%SZ}"}
+    line: dict[str, Any] = {"time": clock.rfc3339(clock.now())}
     names = ("request_id", "address", "method", "route", "path", "status", "bytes", "duration_ms")
     line |= {name: known.get(name) for name in names}
     line |= {"actor": known.get("actor", NOBODY), "client_id": known.get("client_id")}

@@ -182,12 +182,9 @@ def _timed(wsgi_app: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
             nonlocal kind
             # The rule, never the raw path: strangers make no new series. Flask drops its request soon after.
             request = environ.get("werkzeug.request")
-            rule = request.url_rule if request is not None else None
-            route = (
-                (route_name(rule.rule), request.method)
-                if request is not None and rule is not None
-                else UNMATCHED
-            )
+            route = UNMATCHED
+            if request and request.url_rule:
+                route = route_name(request.url_rule.rule), request.method
             kind = (*route, f"{status[0]}xx")
             return start_response(status, *args, **kwargs)
 

@@ -161,7 +161,7 @@ def test_a_backup_is_one_snapshot_however_much_is_written_meanwhile(
     file = tmp_path / "b.db"
     backup.back_up(settings_for(tmp_path / "instance"), file, overwrite=False, progress=write)
     assert steps == sorted(steps), "it never starts anew"
-    with closing(backup.open_read_only(file)) as connection:
+    with closing(database.open_read_only(file)) as connection:
         assert connection.execute("SELECT name FROM agents").fetchall() == [("before",)]
 
 
@@ -175,7 +175,7 @@ def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
     (kept,) = instance.glob("lanyard.db.replaced-*")
     assert str(kept) in result.stderr
     assert (mode(kept), mode(instance / "lanyard.db")) == (0o600, 0o600)
-    with closing(backup.open_read_only(kept)) as connection:
+    with closing(database.open_read_only(kept)) as connection:
         assert connection.execute("SELECT name FROM agents").fetchall() == [("newer",)]
 
 
