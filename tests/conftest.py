@@ -236,6 +236,7 @@ class Server:
         self.log = folder / "server.log"
         self.instance = folder / "instance"
         env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **variables}
+        self.worker_count = int(env["WORKERS"])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *program, *arguments],
@@ -246,15 +247,22 @@ class Server:
             )
 
     def wait(self) -> Server:
-        """Return when it answers; fail when it does not within 20 seconds."""
+        """Return when it answers, by whichever worker; fail when it does not within 20 seconds."""
         until = time.monotonic() + 20
         while time.monotonic() < until and self.process.poll() is None:
             try:
                 requests.get(f"{self.url}/health", timeout=1)
-                return self
+                if len(self.workers()) == self.worker_count:
+                    return self
             except requests.ConnectionError:
-                time.sleep(0.05)
+                pass
+            time.sleep(0.05)
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
+
+    def workers(self) -> list[int]:
+        """The process ids of gunicorn's workers."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def stop(self) -> str:
         """Stop it gracefully; returns its log."""

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -112,10 +111,7 @@ def test_a_receiver_is_told_and_can_verify_it(serve: Serve, receive: Callable[..
 
 def kill_everything(server: Server) -> None:
     """As a power cut would: the master and all its workers, without a word."""
-    workers = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
-    for pid in [server.process.pid, *map(int, workers)]:
+    for pid in [server.process.pid, *server.workers()]:
         os.kill(pid, signal.SIGKILL)
     server.process.wait(10)
 

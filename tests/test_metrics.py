@@ -281,11 +281,6 @@ def test_promtool_finds_nothing_to_better(client: FlaskClient, agent: dict[str, 
     assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
 
 
-def workers_of(server: Server) -> set[int]:
-    told = subprocess.run(["pgrep", "-P", str(server.process.pid)], text=True, capture_output=True)
-    return {int(pid) for pid in told.stdout.split()}
-
-
 def ask_many(server: Server, agent: dict[str, Any], times: int) -> None:
     """Token requests, each on a connection of its own, so that both workers answer some."""
     body = {name: agent[name] for name in ("client_id", "client_secret")}
@@ -313,13 +308,13 @@ def test_both_workers_requests_count_exactly_also_after_one_was_killed(
     cpu, began = read("lanyard_cpu_seconds_total"), read("lanyard_start_time_seconds")
     assert read("lanyard_processes") == 3
 
-    for victim in workers_of(server):
-        before = workers_of(server)
+    for victim in set(server.workers()):
+        before = set(server.workers())
         os.kill(victim, signal.SIGKILL)
         until = time.monotonic() + 10
-        while len(workers_of(server) - {victim}) < 2 and time.monotonic() < until:
+        while len(set(server.workers()) - {victim}) < 2 and time.monotonic() < until:
             time.sleep(0.05)
-        assert workers_of(server) != before
+        assert set(server.workers()) != before
     ask_many(server, agent, 40)
     assert {read(*kind) for _ in range(8)} == {100}
     assert read("lanyard_tokens_issued_total") == 100

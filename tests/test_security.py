@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,16 +108,6 @@ def test_a_malformed_secret_is_hashed_for_nobody(
 # Limits that hold for all workers
 
 
-def workers_of(server: Server) -> list[int]:
-    """The process ids of gunicorn's two workers; the first may answer before the second is there."""
-    found: list[str] = []
-    until = time.monotonic() + 10
-    while len(found) < 2 and time.monotonic() < until:
-        told = subprocess.run(["pgrep", "-P", str(server.process.pid)], text=True, capture_output=True)
-        found = told.stdout.split()
-    return [int(pid) for pid in found]
-
-
 @contextmanager
 def only(worker: int, workers: list[int]) -> Iterator[None]:
     """Let one worker alone answer: the others stand still."""
@@ -162,7 +151,7 @@ def test_a_guesser_is_throttled_by_all_workers_and_after_a_restart(serve: Serve)
     settings = {"TRUSTED_PROXIES": "1", "ADMIN_TOKEN": "the-operators-token"}
     server = serve(**settings).wait()
     agent = manage(server, "the-operators-token", json={"name": "x"}).json()
-    one, other = workers = workers_of(server)
+    one, other = workers = server.workers()
     began = time.monotonic()
     with only(one, workers):
         wrong = guess_until_throttled(lambda: ask(server, agent, "a guess"))
@@ -191,7 +180,7 @@ def test_a_guesser_is_throttled_by_all_workers_and_after_a_restart(serve: Serve)
 def test_a_rate_limit_counts_the_tokens_of_all_workers(serve: Serve) -> None:
     server = serve(TRUSTED_PROXIES="1", ADMIN_TOKEN="the-operators-token").wait()
     agent = manage(server, "the-operators-token", json={"name": "x", "rate_limit": 5}).json()
-    one, other = workers = workers_of(server)
+    one, other = workers = server.workers()
     with only(one, workers):
         assert [ask(server, agent).status_code for _ in range(3)] == [200] * 3
     with only(other, workers):

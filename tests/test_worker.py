@@ -263,8 +263,8 @@ def test_a_worker_without_file_descriptors_goes_on_when_some_are_free_again(
     serve: Callable[..., Server],
 ) -> None:
     running = serve(WORKERS="1").wait()
-    (worker,) = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    resource.prlimit(int(worker), resource.RLIMIT_NOFILE, (40, 40))
+    (worker,) = running.workers()
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (40, 40))
     with ExitStack() as open_connections:
         for _ in range(60):
             open_connections.enter_context(connect(running))
