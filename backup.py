@@ -10,8 +10,9 @@ from pathlib import Path
 
 import clock
 from config import Settings
-from database import give_to_owner_of, nobody_serving, open_read_only, sync_folder
+from files import give_to_owner_of, sync_folder
 from models import Base
+from sqlite import nobody_serving, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
@@ -51,7 +52,7 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         # Held to the end: a server that starts meanwhile waits, and finds the restored database.
-        with nobody_serving(target), _draft_beside(target) as draft:
+        with nobody_serving(settings), _draft_beside(target) as draft:
             _copy(file, draft, progress)
             check(draft, str(file))
             give_to_owner_of(target if target.exists() else target.parent, draft)
@@ -99,6 +100,8 @@ def _lacking(columns: dict[str, set[str]]) -> str | None:
 
 
 def _refuse_own_files(settings: Settings, file: Path) -> None:
+    if not settings.uses_sqlite:
+        raise BackupError("The database is PostgreSQL's: pg_dump and pg_restore are for that.")
     live = settings.database_file
     own = [live, *(Path(f"{live}{ending}") for ending in _COMPANIONS)]
     if any(file.resolve() == path.resolve() for path in own):

@@ -93,7 +93,7 @@ def purge(vacuum: bool, as_json: bool) -> None:
             bar.update(sum(batch.values()))
     if vacuum:
         with _faults():
-            _vacuum(config.settings().database_file)
+            _vacuum(config.settings())
     if as_json:
         console.show_json({"deleted": deleted, "total": deleted.total()})
         return
@@ -148,8 +148,10 @@ def _page_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def _vacuum(file: Path) -> None:
+def _vacuum(settings: Settings) -> None:
+    if not settings.uses_sqlite:
+        raise click.ClickException("PostgreSQL looks after its files by itself: leave --vacuum out.")
     connection: Any
-    with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(settings.database_file, timeout=30, isolation_level=None)) as connection:
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
