@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ _WRITE, _ALONE, _DELIVER = 1, 2, 3
 # What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
 # a database that only reads just now (a standby, after a failover).
 _PASSING = {"55P03", "40P01", "40001", "25006"}
-_SERVER = "lanyard"
+_SERVER = "lanyard server, "
 
 
 def url(settings: Settings) -> sa.URL:
@@ -38,7 +39,7 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
         "connect_args": {
             "connect_timeout": CONNECT_TIMEOUT,
             # How others see that a server runs: a command has another name.
-            "application_name": _SERVER if serving else f"{_SERVER} command",
+            "application_name": f"lanyard {'server' if serving else 'command'}, process {os.getpid()}",
             # A server that is gone without a word is noticed within 30 seconds.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
@@ -131,7 +132,7 @@ def is_serving(settings: Settings) -> bool:
     """Whether a server uses the database; its workers always have connections."""
     activity = sa.table("pg_stat_activity", sa.column("datname"), sa.column("application_name"))
     servers = sa.select(sa.func.count()).where(
-        activity.c.datname == sa.func.current_database(), activity.c.application_name == _SERVER
+        activity.c.datname == sa.func.current_database(), activity.c.application_name.startswith(_SERVER)
     )
     with session(settings) as connection:
         return bool(connection.scalar(servers))

@@ -18,6 +18,7 @@ from typing import Any
 import on_postgresql
 import pytest
 import requests
+import sqlalchemy as sa
 from flask import Flask, Response, request_finished
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck
@@ -124,6 +125,24 @@ def settings_for(folder: Path, **variables: str) -> Settings:
 def database_variables(folder: Path) -> dict[str, str]:
     """The settings that give an instance a database of its own, where its folder does not."""
     return {"DATABASE_URL": on_postgresql.url_of(folder)} if on_postgresql.is_used() else {}
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """The environment of a command on an instance."""
+    variables = {"INSTANCE": str(folder), **database_variables(folder)}
+    return {**os.environ, **{f"LANYARD_{name}": value for name, value in variables.items()}}
+
+
+def engine_of(folder: Path) -> sa.Engine:
+    """A way into an instance's database from outside."""
+    url = on_postgresql.url_of(folder) if on_postgresql.is_used() else f"sqlite:///{folder}/lanyard.db"
+    return sa.create_engine(url, poolclass=sa.NullPool)
+
+
+def contents(folder: Path) -> bytes:
+    """All that is kept of an instance: its files, and what a dump of its database holds."""
+    files = b"".join(path.read_bytes() for path in folder.iterdir())
+    return files + (on_postgresql.dump(folder) if on_postgresql.is_used() else b"")
 
 
 def copy_instance(template: Path, folder: Path) -> None:

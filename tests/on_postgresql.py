@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import sqlalchemy as sa
 
-VARIABLE = "LANYARD_TEST_POSTGRESQL"  # the folder that the server's socket is in
+VARIABLE = "TEST_POSTGRESQL"  # the folder that the server's socket is in
 # A power cut may take these databases: nobody waits for its disk.
 OPTIONS = "-c fsync=off -c full_page_writes=off -c max_connections=500 -c listen_addresses="
 
@@ -49,24 +48,34 @@ def drop(folder: Path) -> None:
     _server().execute(f'DROP DATABASE IF EXISTS "{_name(folder)}" WITH (FORCE)')  # type: ignore[arg-type]
 
 
-def engine(folder: Path) -> sa.Engine:
-    """A look at an instance's database from outside."""
-    return sa.create_engine(url_of(folder), poolclass=sa.NullPool)
+def dump(folder: Path) -> bytes:
+    """Everything in an instance's database, as text."""
+    command = [str(_program("pg_dump")), "-h", os.environ[VARIABLE], "-U", "lanyard", _name(folder)]
+    return subprocess.check_output(command)
 
 
 def _name(folder: Path) -> str:
     return "lanyard_" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
-@cache
 def _server() -> psycopg.Connection[Any]:
+    return _connection(os.getpid())
+
+
+@cache
+def _connection(process: int) -> psycopg.Connection[Any]:
     return psycopg.connect(f"host={os.environ[VARIABLE]} user=lanyard dbname=postgres", autocommit=True)
+
+
+def _program(name: str) -> str | None:
+    """One of PostgreSQL's own, of the newest version there is."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    return shutil.which(name, path=os.pathsep.join([*map(str, reversed(places)), os.environ["PATH"]]))
 
 
 def main() -> int:
     """Start PostgreSQL, run pytest, stop it; returns pytest's exit code."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
-    found = shutil.which("initdb", path=os.pathsep.join([*map(str, reversed(programs)), os.environ["PATH"]]))
+    found = _program("initdb")
     if found is None:
         print("There is no PostgreSQL here to run the tests on: apt-get install postgresql", file=sys.stderr)
         return 1

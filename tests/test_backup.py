@@ -24,6 +24,8 @@ import backup
 import database
 from main import lanyard as commands
 
+pytestmark = pytest.mark.sqlite
+
 
 def run(folder: Path, *arguments: str | Path) -> Result:
     """Run a command as ./lanyard does, on the instance in `folder`."""

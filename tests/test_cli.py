@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import requests
 from click.testing import Result
-from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, copy_instance
+from conftest import (
+    OPERATOR,
+    Clock,
+    Operator,
+    Server,
+    ask_refresh,
+    ask_token,
+    bearer,
+    copy_instance,
+    environment_of,
+)
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -37,7 +47,7 @@ def environment(tmp_path: Path, first_start: Path) -> dict[str, str]:
     """The environment of a command on an instance of this test's own."""
     folder = tmp_path / "instance"
     copy_instance(first_start, folder)
-    return {**os.environ, "LANYARD_INSTANCE": str(folder)}
+    return environment_of(folder)
 
 
 def lanyard(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -226,6 +236,7 @@ def test_keys_are_listed_for_programs_too(run: Run) -> None:
     assert rotated["state"] == "published"
 
 
+@pytest.mark.sqlite
 def test_purging_leaves_nothing_that_has_expired(
     run: Run, client: FlaskClient, agent: dict[str, Any], time_machine: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +262,7 @@ def test_the_admin_token_of_the_settings_is_theirs_to_change(run: Run) -> None:
 
 def test_a_rotated_admin_token_is_dead_at_once_in_every_worker(serve: Callable[..., Server]) -> None:
     server = serve(ADMIN_TOKEN="").wait()
-    env = {**os.environ, "LANYARD_INSTANCE": str(server.instance)}
+    env = environment_of(server.instance)
 
     def shown() -> str:
         return lanyard("admin-token", "show", env=env).stdout.strip()
@@ -287,6 +298,7 @@ def test_a_broken_admin_token_makes_nobody_the_operator(
     assert client.get("/api/agents", headers=headers).status_code == 200
 
 
+@pytest.mark.sqlite
 def test_the_command_runs_from_any_folder_by_any_name(tmp_path: Path, environment: dict[str, str]) -> None:
     link = tmp_path / "ln"
     link.symlink_to(HERE / "lanyard")

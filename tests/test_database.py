@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import on_postgresql
+import psycopg
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Operator, ask_refresh, ask_token, settings_for
+from conftest import OPERATOR, Operator, ask_refresh, ask_token, contents, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 
 import database
 import models
+import postgresql
+import sqlite
 from app import create_app
 from database import writing
 from models import Agent, SigningKey, db
@@ -29,6 +33,7 @@ def pragma(name: str) -> Any:
     return db.session.scalar(sa.text(f"PRAGMA {name}"))
 
 
+@pytest.mark.sqlite
 def test_the_pragmas_are_as_designed(app: Flask) -> None:
     with app.app_context():
         assert pragma("journal_mode") == "wal"
@@ -37,6 +42,7 @@ def test_the_pragmas_are_as_designed(app: Flask) -> None:
         assert pragma("synchronous") == 2
 
 
+@pytest.mark.sqlite
 def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
     with app.app_context():
         for durable, level in ((False, 1), (True, 2), (False, 1)):
@@ -75,8 +81,12 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
     assert durabilities == [True, False, True, True, True, False, True, True]
 
 
-def lock(folder: Path) -> sqlite3.Connection:
-    """Another process's write lock, as far as SQLite can tell; `close()` ends it."""
+def lock(folder: Path) -> Any:
+    """Another process's write lock, as far as the database can tell; `close()` ends it."""
+    if on_postgresql.is_used():
+        connection = psycopg.connect(on_postgresql.url_of(folder / "instance").replace("+psycopg", ""))
+        postgresql.begin_writing(connection, {}, durable=True, patient=True, alone=True)
+        return connection
     path = folder / "instance" / "lanyard.db"
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("BEGIN IMMEDIATE")
@@ -94,7 +104,8 @@ def test_a_write_waits_for_another_instead_of_failing(app: Flask, tmp_path: Path
 def test_a_database_locked_for_long_is_a_503(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 50)
     operator = Operator(make_app())
     other = lock(tmp_path)
     refused = operator.call("POST", json={"name": "x"})
@@ -106,11 +117,12 @@ def test_a_database_locked_for_long_is_a_503(
     assert operator.call("POST", json={"name": "x"}).status_code == 201
 
 
+@pytest.mark.sqlite
 def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.6)
-    monkeypatch.setattr(database, "SHORT_TIMEOUT", 0.05)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.6)
+    monkeypatch.setattr(sqlite, "SHORT_TIMEOUT", 0.05)
     operator = Operator(make_app())
     waited = []
     for _ in range(2):
@@ -155,6 +167,7 @@ def test_the_number_of_a_deleted_agent_is_never_given_again(app: Flask, operator
     assert pks[1] > pks[0]
 
 
+@pytest.mark.sqlite
 def test_the_files_are_their_owners_only(tmp_path: Path) -> None:
     os.umask(0o022)
     folder = tmp_path / "made" / "by lanyard"
@@ -175,7 +188,7 @@ def test_no_secret_or_token_is_in_the_files_in_clear(
     secrets = [agent["client_secret"], operator.act(agent, "rotate", grace_period=60).json["client_secret"]]
     token = ask_token(client, agent).json
     newest = ask_refresh(client, token["refresh_token"]).json
-    files = b"".join(path.read_bytes() for path in (tmp_path / "instance").iterdir())
+    files = contents(tmp_path / "instance")
     assert agent["client_id"].encode() in files, "this is the file, and it is readable"
     for secret in secrets:
         assert secret[11:].encode() not in files
@@ -194,6 +207,7 @@ def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
 
 def test_processes_that_start_together_make_one_key_and_one_admin_token(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("spawn")
+    settings_for(tmp_path)
     barrier, kids = processes.Barrier(4), processes.Queue()
     started = [processes.Process(target=start_at_once, args=(tmp_path, barrier, kids)) for _ in range(4)]
     for process in started:

@@ -17,9 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import on_postgresql
 import pytest
 import requests
-from conftest import Server
+from conftest import Server, engine_of
 from flask import Flask
 from standardwebhooks import Webhook as Verifier
 from test_serving import register, token_body
@@ -162,7 +163,15 @@ def test_what_was_acknowledged_arrives_though_the_server_is_killed_in_a_burst(
 
 
 def holder_of_the_lease(server: Server) -> int:
-    """The process that delivers, as the kernel knows it."""
+    """The process that delivers, as the kernel or PostgreSQL knows it."""
+    if on_postgresql.is_used():
+        with engine_of(server.instance).connect() as connection:
+            holder = "pg_stat_activity WHERE pid = (SELECT pid FROM pg_locks WHERE objid = 3 AND granted"
+            here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            found = connection.exec_driver_sql(
+                f"SELECT application_name FROM {holder} AND {here})"
+            ).scalar_one()
+            return int(found.rpartition(" ")[2])
     inode = (server.instance / "lanyard.db.deliverer").stat().st_ino
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     (pid,) = {lock[4] for lock in locks if lock[1] == "FLOCK" and lock[5].endswith(f":{inode}")}

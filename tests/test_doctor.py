@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
-from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, settings_for
+from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, engine_of, settings_for
 from cryptography.fernet import Fernet
 from flask import Flask
 
@@ -38,10 +37,11 @@ def found(folder: Path, level: str, subject: str, **variables: str) -> str:
 
 
 def change(folder: Path, statement: str) -> None:
-    with closing(sqlite3.connect(folder / "lanyard.db")) as connection, connection:
-        connection.execute(statement)
+    with engine_of(folder).begin() as connection:
+        connection.execute(sa.text(statement))
 
 
+@pytest.mark.sqlite
 def test_a_sound_instance_is_all_ok(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     make_app(SECRET_KEY=KEY)
     findings = list(doctor.examine(settings_for(tmp_path / "instance", SECRET_KEY=KEY)))
@@ -88,6 +88,7 @@ def test_whether_a_server_runs(serve: Callable[..., Server], tmp_path: Path) -> 
     assert found(server.instance, OK, "server") == "No server runs on this instance."
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "admin_token", "lanyard.db.replaced-1"])
 def test_files_that_others_may_read(folder: Path, name: str) -> None:
     (folder / name).touch()
@@ -98,6 +99,7 @@ def test_files_that_others_may_read(folder: Path, name: str) -> None:
     assert f"chmod 600 {folder / name}" in found(folder, FAIL, "files")
 
 
+@pytest.mark.sqlite
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_files_of_another_owner(folder: Path) -> None:
     os.chown(folder / "lanyard.db.lock", 12345, -1)
@@ -118,6 +120,7 @@ def test_an_admin_token_that_will_not_do(folder: Path) -> None:
     assert ADMIN_TOKEN not in found(folder, OK, "admin token", ADMIN_TOKEN="")
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("free", "level"), [(10**6, FAIL), (10**8, WARN), (10**10, OK)], ids=["none", "little", "enough"]
 )
@@ -127,11 +130,13 @@ def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, free: i
     assert "are free" in found(folder, level, "disk")
 
 
+@pytest.mark.sqlite
 def test_a_wal_that_has_grown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LARGE_WAL", -1)
     assert "restart the server" in found(folder, WARN, "wal")
 
 
+@pytest.mark.sqlite
 def test_a_damaged_database(folder: Path) -> None:
     file = folder / "lanyard.db"
     change(folder, "PRAGMA journal_mode = DELETE")
@@ -141,6 +146,7 @@ def test_a_damaged_database(folder: Path) -> None:
     assert "restore a backup" in found(folder, FAIL, "database")
 
 
+@pytest.mark.sqlite
 def test_rows_that_belong_to_nothing(folder: Path) -> None:
     change(folder, "INSERT INTO usage_days VALUES (99, '2026-01-01', 1, 1)")
     assert "rows of usage_days" in found(folder, FAIL, "database")
@@ -197,7 +203,7 @@ def test_webhooks_in_trouble(make_app: Callable[..., Flask], tmp_path: Path, tim
     time_machine.advance(minutes=11)
     assert found(folder, WARN, "webhooks") == "1 deliveries are overdue: does the server run?"
     change(folder, "UPDATE deliveries SET status = 'dead', next_attempt_at = NULL")
-    change(folder, "UPDATE webhooks SET is_active = 0, disabled_reason = 'Gone.'")
+    change(folder, "UPDATE webhooks SET is_active = false, disabled_reason = 'Gone.'")
     assert found(folder, WARN, "webhooks").splitlines() == [
         "'audit' is switched off: Gone.",
         f"1 deliveries are dead: ./lanyard webhooks deliveries {webhook['id']} --status dead",
@@ -209,6 +215,7 @@ def run(*arguments: str, **variables: str) -> Any:
     return CliRunner().invoke(commands, ["doctor", *arguments], env=env)
 
 
+@pytest.mark.sqlite
 def test_the_command_tells_a_line_for_each_thing(folder: Path) -> None:
     result = run(INSTANCE=str(folder), ADMIN_TOKEN=ADMIN_TOKEN)
     assert result.exit_code == 0, result.output

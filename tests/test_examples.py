@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 import requests
-from conftest import Server, free_port
+import sqlalchemy as sa
+from conftest import Server, engine_of, free_port
 from joserfc.jwk import ECKey, OKPKey
 from test_serving import register, token_body
 
@@ -107,8 +107,8 @@ def counts(lanyard: Server, agent: dict[str, Any]) -> tuple[int, int]:
 
 def sign(lanyard: Server, typ: str = "at+jwt", **claims: Any) -> dict[str, str]:
     """A token with Lanyard's own signature that says whatever it is told to."""
-    with closing(sqlite3.connect(lanyard.instance / "lanyard.db")) as database:
-        kid, jwk = database.execute("SELECT kid, jwk FROM signing_keys").fetchone()
+    with engine_of(lanyard.instance).connect() as connection:
+        kid, jwk = connection.execute(sa.text("SELECT kid, jwk FROM signing_keys")).one()
     now = int(time.time())
     usual = {
         "iss": f"http://localhost:{lanyard.port}",

@@ -13,6 +13,8 @@ import scenes
 from scenes import Scene, Stage
 from server import Server
 
+pytestmark = pytest.mark.sqlite
+
 CLIENTS = 4
 
 

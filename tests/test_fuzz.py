@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
+import on_postgresql
 import pytest
+import sqlalchemy as sa
 from anything import (
     AGENT,
     JSON_TYPES,
@@ -26,7 +27,7 @@ from anything import (
     query,
     segment,
 )
-from conftest import OPERATOR, Operator, ask_token, close, copy_instance, settings_for
+from conftest import OPERATOR, Operator, ask_token, close, copy_instance, engine_of, settings_for
 from flask import Flask
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ from werkzeug.test import TestResponse
 
 import events
 import housekeeping
+import models
 from app import create_app
 
 
@@ -42,11 +44,16 @@ class Instance(NamedTuple):
     """An app that is fuzzed, and an eye on its database that sees every commit."""
 
     app: Flask
-    eye: sqlite3.Connection
+    eye: sa.Connection
 
-    def version(self) -> int:
-        """A number that changes when anybody commits a change."""
-        return int(self.eye.execute("PRAGMA data_version").fetchone()[0])
+    def version(self) -> object:
+        """Something that changes when anybody commits a change."""
+        if not on_postgresql.is_used():
+            return self.eye.exec_driver_sql("PRAGMA data_version").scalar()
+        # A sum over every row of every table.
+        rows = "SELECT sum(hashtext(t::text)::numeric * 31 + 1) FROM {} t"
+        tables = [f'"{table.name}"' for table in models.Base.metadata.sorted_tables]
+        return [self.eye.exec_driver_sql(rows.format(table)).scalar() for table in tables]
 
     def places(self) -> dict[str, str]:
         """New things to name in a path, and what proves them."""
@@ -78,9 +85,8 @@ def instance(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Ite
         patch.setattr(housekeeping, "PAUSE", 10**9)
         patch.setattr(events._Limiter, "allow", lambda self, kind: False)
         app = create_app(settings_for(folder, SIGNING_ALG="ES256", WEBHOOK_ALLOW_PRIVATE="1"), serving=True)
-        eye = sqlite3.connect(folder / "lanyard.db")
-        yield Instance(app, eye)
-        eye.close()
+        with engine_of(folder).connect().execution_options(isolation_level="AUTOCOMMIT") as eye:
+            yield Instance(app, eye)
         close(app)
 
 

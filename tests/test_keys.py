@@ -176,6 +176,7 @@ def test_a_command_without_the_servers_environment_changes_no_algorithm(
     assert [key["alg"] for key in published(server.test_client())] == ["ES256", "ES256"]
 
 
+@pytest.mark.sqlite
 def test_a_command_makes_no_database(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="LANYARD_INSTANCE must be the server's"):
         create_app(settings_for(tmp_path))

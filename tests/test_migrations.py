@@ -32,6 +32,8 @@ from config import HERE, SettingError
 from credentials import SecretChecker
 from models import Base
 
+pytestmark = pytest.mark.sqlite
+
 SHIPPED = HERE / "migrations"
 AGENT = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
 CLIENT = "cid_jbBTZ0e1F4ufeYvekNWtbA"

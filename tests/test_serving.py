@@ -164,6 +164,7 @@ def test_an_instance_that_cannot_be_written_stops_the_start_with_one_sentence(
     assert server.log.read_text().count("\n") == 1
 
 
+@pytest.mark.sqlite
 def test_a_database_that_is_none_stops_the_start_with_one_sentence(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "instance").mkdir()
     (tmp_path / "instance" / "lanyard.db").write_text("this is a letter to my aunt, and no database" * 100)
@@ -373,6 +374,7 @@ def test_a_port_that_is_taken_stops_the_start_with_one_sentence(serve: Serve, lo
     assert second.log.read_text().count("\n") == 1
 
 
+@pytest.mark.sqlite
 def test_files_that_vanish_are_a_503_and_no_new_database(local: Server) -> None:
     for path in local.instance.glob("lanyard.db*"):
         path.unlink()

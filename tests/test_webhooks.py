@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Clock, Operator, ask_token, bearer
+from conftest import OPERATOR, Clock, Operator, ask_token, bearer, contents
 from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
@@ -456,7 +456,7 @@ def test_with_a_secret_key_nothing_that_signs_is_in_the_file_in_clear(
     app = make_app(SECRET_KEY=key, WEBHOOK_ALLOW_PRIVATE="1", INSTANCE=str(tmp_path / "sealed"))
     secret = create(app.test_client())["secret"]
     assert ask_token(app.test_client(), Operator(app).create()).status_code == 200
-    files = b"".join(path.read_bytes() for path in (tmp_path / "sealed").iterdir())
+    files = contents(tmp_path / "sealed")
     assert secret.encode() not in files
     assert b'"qi"' not in files
     with app.app_context():
@@ -466,7 +466,7 @@ def test_with_a_secret_key_nothing_that_signs_is_in_the_file_in_clear(
 def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     app = make_app(WEBHOOK_ALLOW_PRIVATE="1", INSTANCE=str(tmp_path / "open"))
     secret = create(app.test_client())["secret"]
-    files = b"".join(path.read_bytes() for path in (tmp_path / "open").iterdir())
+    files = contents(tmp_path / "open")
     assert secret.encode() in files
     assert b"qi" in files
 
