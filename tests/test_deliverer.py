@@ -162,15 +162,17 @@ def test_what_was_acknowledged_arrives_though_the_server_is_killed_in_a_burst(
         Verifier(secret).verify(raw, headers)
 
 
+HOLDER = """
+    SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid)
+    WHERE locktype = 'advisory' AND objid = 3 AND granted AND datname = current_database()
+"""
+
+
 def holder_of_the_lease(server: Server) -> int:
     """The process that delivers, as the kernel or PostgreSQL knows it."""
     if on_postgresql.is_used():
         with engine_of(server.instance).connect() as connection:
-            holder = "pg_stat_activity WHERE pid = (SELECT pid FROM pg_locks WHERE objid = 3 AND granted"
-            here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-            found = connection.exec_driver_sql(
-                f"SELECT application_name FROM {holder} AND {here})"
-            ).scalar_one()
+            found = connection.exec_driver_sql(HOLDER).scalar_one()
             return int(found.rpartition(" ")[2])
     inode = (server.instance / "lanyard.db.deliverer").stat().st_ino
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
