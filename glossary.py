@@ -79,7 +79,7 @@ MEANINGS: dict[str, str] = {
     "next_attempt_at": "When it is sent next; null when it is over.",
     "now": "For a leaked key: sign with the new one at once, and end every access token there is.",
     "owner": "Who answers for the agent.",
-    "q": "Text to find in name, description or owner; or a client id, or its start from `cid_` and 4 more on.",
+    "q": "Text to find in name, description or owner; or a client id, or how it begins: `cid_` and 4 more.",
     "rate_limit": "How many tokens the agent may have in a minute; null: any number.",
     "refresh_count": "How often the agent has refreshed a token.",
     "refresh_token": "Good for one use, which gives the next one.",
