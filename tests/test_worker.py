@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -55,6 +56,13 @@ def slowest_of(server: Server, count: int) -> float:
         assert requests.get(f"{server.url}/health", timeout=5).status_code == 200
         times.append(time.monotonic() - started)
     return max(times)
+
+
+def memory(server: Server) -> int:
+    """Bytes that its one worker takes."""
+    (worker,) = server.workers()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 @pytest.mark.parametrize(
@@ -239,6 +247,18 @@ def test_clients_that_do_not_read_their_answers_do_not_stop_the_others(server: S
             open_connections.enter_context(client)
             client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
         assert slowest_of(server, 20) < 1
+
+
+def test_of_clients_that_broke_off_nothing_is_kept(serve: Callable[..., Server]) -> None:
+    running = serve(WORKERS="1").wait()
+    before = memory(running)
+    for _ in range(600):
+        with connect(running, b"GET /health HTTP/1.1\r\nA: " + b"b" * 50_000) as client:
+            time.sleep(0.0005)
+            # Closed so, it is reset.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert requests.get(f"{running.url}/health", timeout=5).status_code == 200
+    assert memory(running) < before + 10 * 2**20  # bytes; they sent 30 MB
 
 
 def test_a_large_answer_reaches_a_slow_reader_whole(server: Server) -> None:
