@@ -60,6 +60,7 @@ def test_the_dashboard_loads_on_any_prometheus() -> None:
     assert len(set(ids)) == len(ids)
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
+    assert all({"text", "value"} <= set(variable["current"]) for variable in variables.values())
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(board)))
     assert used <= {*variables, "__rate_interval"}
     for panel in panels:
