@@ -22,6 +22,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 import credentials
 import headers
 import journal
+import tally
 import waiting
 from arrival import Arrival, Refused
 from wire import MAX_BODY
@@ -355,7 +356,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _refuse(self, conn: Connection, status: int) -> None:
-        _answer_alone(conn.sock, conn.client, status)
+        self._answer_alone(conn.sock, conn.client, status, origin=conn.arrival.origin())
         self.nr_conns -= 1
         self.see_off(conn)
 
@@ -398,9 +399,26 @@ class Worker(ThreadWorker):
         request_id = credentials.new_request_id()
         if status is None and not isinstance(exc, errors.ParseException):
             self.log.exception("Error handling the request %s", request_id)
-        _answer_alone(
-            client, addr, status or (400 if isinstance(exc, errors.ParseException) else 500), request_id
-        )
+        refused = status or (400 if isinstance(exc, errors.ParseException) else 500)
+        self._answer_alone(client, addr, refused, request_id)
+
+    def _answer_alone(
+        self,
+        sock: socket.socket,
+        client: Any,
+        status: int,
+        request_id: str | None = None,
+        origin: str | None = None,
+    ) -> None:
+        """Answer as the app does, without it."""
+        request_id = request_id or credentials.new_request_id()
+        more = headers.of_refusal(self.app.wsgi(), origin)
+        size = _send_refusal(sock, status, {**more, "X-Request-Id": request_id})
+        # Over a Unix socket there is no address.
+        journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, size, request_id)
+        # A crash has been counted where it happened.
+        if status < 500 or status == 501:
+            tally.count_refusal(self.app.wsgi(), status)
 
 
 def _end_wait(conn: Connection) -> None:
@@ -408,9 +426,8 @@ def _end_wait(conn: Connection) -> None:
     conn.waits.pop(conn, None)
 
 
-def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str | None = None) -> None:
-    """Answer as the app does, without it."""
-    request_id = request_id or credentials.new_request_id()
+def _send_refusal(sock: socket.socket, status: int, more: dict[str, str]) -> int:
+    """Send the one error shape, as far as it goes; the body's bytes."""
     error, description = _REFUSALS[status]
     body = json.dumps({"error": error, "error_description": description}).encode()
     told = {
@@ -418,8 +435,7 @@ def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str
         "Connection": "close",
         "Content-Type": "application/json",
         "Content-Length": len(body),
-        **headers.EVERYWHERE,
-        "X-Request-Id": request_id,
+        **more,
     }
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in told.items()]
@@ -428,5 +444,4 @@ def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str
         sock.send("\r\n".join([*lines, "", ""]).encode() + body)
     except OSError:
         pass  # a client that is gone misses nothing
-    # Over a Unix socket there is no address.
-    journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, len(body), request_id)
+    return len(body)
