@@ -13,6 +13,7 @@ _LENGTH = re.compile(rb"[ \t]*([0-9]{1,18})[ \t\r]*")
 _CODINGS = re.compile(rb"^transfer-encoding[ \t]*:(.*)$", re.IGNORECASE | re.MULTILINE)
 _CHUNKED = re.compile(rb"[ \t]*chunked[ \t\r]*", re.IGNORECASE)
 _EXPECT = re.compile(rb"^expect:[ \t]*100-continue[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
+_ORIGINS = re.compile(rb"^origin:[ \t]*([!-~]+)[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?")
 
 
@@ -99,6 +100,12 @@ class Arrival:
         """What to send to a client that waits for it before it sends its body (RFC 9110 §10.1.1)."""
         self.is_waiting_for_go_ahead, self._had_go_ahead = False, True
         return b"HTTP/1.1 100 Continue\r\n\r\n"
+
+    def origin(self) -> str | None:
+        """The `Origin` that a request names, as far as it has come."""
+        end = self.data.find(b"\r\n\r\n")
+        found = _ORIGINS.findall(self.data, 0, end + 2 if end >= 0 else len(self.data))
+        return bytes(found[0]).decode() if len(found) == 1 else None
 
     def take(self) -> bytes:
         """The bytes, for the parser, which is not to give a go-ahead of its own."""

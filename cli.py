@@ -82,7 +82,7 @@ def init_app(app: Flask) -> None:
 @click.option("--scope", help="Only those that have this scope.")
 @click.option("--owner", help="Only this owner's.")
 @click.option("--stale-days", metavar="N", help="Only those idle for so many days.")
-@click.option("--query", "-q", "q", help="Only those whose name, description, owner or client id holds this.")
+@click.option("--query", "-q", "q", help="Only those with this in name, description or owner, or client id.")
 @console.paged
 def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
     """Agents, newest first."""

@@ -59,6 +59,11 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None
 
 
+def begins_client_id(text: str) -> bool:
+    """Whether the text can be the start of one client id rather than of all: four random characters tell."""
+    return len(text) >= 8 and text.startswith("cid_")
+
+
 def new_jti(family_id: str) -> str:
     """A token id, RFC 7519 §4.1.7: what all access tokens of a family share, a dot, 128 random bits."""
     return f"{grant_id(family_id)}.{secrets.token_urlsafe(16)}"

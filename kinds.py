@@ -7,7 +7,7 @@ import warnings
 from datetime import datetime
 from typing import Any
 
-from joserfc.jwk import import_key
+from joserfc.jwk import RSAKey, import_key
 from marshmallow import ValidationError, fields
 from marshmallow.validate import ContainsNoneOf, Length, Regexp
 
@@ -16,6 +16,8 @@ from wire import is_text
 
 # What RS256 and PS256, ES256, and EdDSA sign with.
 _ASSERTION_KEYS = {("RSA", None), ("EC", "P-256"), ("OKP", "Ed25519")}
+# joserfc verifies no longer signature: 1024 characters of base64url.
+_RSA_BITS = range(2048, 6144 + 1)
 _JWK_MEMBERS = ("kty", "n", "e", "crv", "x", "y", "kid", "alg", "use")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -118,5 +120,15 @@ def _public_jwk(jwk: Any) -> dict[str, Any]:
         raise ValidationError("Holds a key that cannot be read, or an RSA key under 2048 bits.") from None
     if (key.key_type, parsed.get("crv")) not in _ASSERTION_KEYS or parsed.get("use", "sig") != "sig":
         raise ValidationError("Keys must be for signatures: RSA, EC P-256 or OKP Ed25519.")
+    if isinstance(key, RSAKey):
+        _check_rsa(key)
     # No more than verifying needs: an operator's own members may be as deep as JSON gets.
     return {name: parsed[name] for name in _JWK_MEMBERS if name in parsed}
+
+
+def _check_rsa(key: RSAKey) -> None:
+    numbers = key.public_key.public_numbers()
+    # A product of odd primes is odd. RFC 8017 §3.1 lets the exponent be as long as the modulus, but then
+    # each check of a signature takes a hundred times as long.
+    if numbers.n.bit_length() not in _RSA_BITS or numbers.n % 2 == 0 or numbers.e >= 2**32:
+        raise ValidationError("RSA keys must have 2048 to 6144 bits, odd ones, and an exponent under 2^32.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import math
 import selectors
@@ -24,6 +22,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 import credentials
 import headers
 import journal
+import tally
 import waiting
 from arrival import Arrival, Refused
 from wire import MAX_BODY
@@ -114,7 +113,7 @@ class Connection(TConn):
         super().__init__(worker.cfg, sock, client, sock.getsockname())
         self.worker = worker
         self.arrival = Arrival()
-        self.deadline: float | None = None  # while it waits
+        self.waits: dict[Connection, float] = {}  # those it waits among, with their deadlines
         self.is_leaving = False
         self.done = Done(False)
 
@@ -149,8 +148,8 @@ class Worker(ThreadWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._deadlines: list[tuple[float, int, Connection]] = []
-        self._counter = itertools.count()
+        # By the seconds they were given: so the first of each are the first to end, and any is soon out.
+        self._waits: dict[float, dict[Connection, float]] = {ARRIVAL: {}, LINGER: {}, DEPARTURE: {}}
         self._ready: deque[Connection] = deque()
         self._leaving: set[Connection] = set()
         self._no_room_until = -math.inf
@@ -284,12 +283,13 @@ class Worker(ThreadWorker):
         if whole:
             conn.init()
             conn.parser.unreader.unread(arrival.take())
-            conn.arrival, conn.deadline = Arrival(), None
+            conn.arrival = Arrival()
+            _end_wait(conn)
             self._answer(conn)
             return
         if arrival.is_waiting_for_go_ahead:
             conn.sock.send(arrival.go_ahead())
-        self._wait(conn, ARRIVAL if conn.deadline is None else None)
+        self._wait(conn, None if conn in conn.waits else ARRIVAL)
 
     def _answer(self, conn: Connection) -> None:
         done = Done(self.handle(conn))
@@ -317,14 +317,15 @@ class Worker(ThreadWorker):
         if sock.unsent:
             self._wait(conn, None, selectors.EVENT_WRITE)
         else:
-            conn.deadline = None
+            _end_wait(conn)
             super().finish_request(conn, conn.done)
 
     def _wait(self, conn: Connection, seconds: float | None, event: int = selectors.EVENT_READ) -> None:
         """Let it wait in the poller; `seconds` sets its deadline, None leaves the one it has."""
         if seconds is not None:
-            conn.deadline = time.monotonic() + seconds
-            heapq.heappush(self._deadlines, (conn.deadline, next(self._counter), conn))
+            _end_wait(conn)
+            conn.waits = self._waits[seconds]
+            conn.waits[conn] = time.monotonic() + seconds
         act = self._on_readable if event == selectors.EVENT_READ else self._on_writable
         self.poller.register(conn.sock, event, partial(act, conn))
 
@@ -338,21 +339,16 @@ class Worker(ThreadWorker):
     def murder_pending(self) -> None:
         """End the waits that have lasted too long; soon all that nothing came of when the worker stops."""
         now = time.monotonic()
-        if not self.alive and now > self._door_closed_at + AT_THE_DOOR:
-            self._deadlines = [entry for entry in self._deadlines if not self._end_idle(*entry)]
-            heapq.heapify(self._deadlines)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, _, conn = heapq.heappop(self._deadlines)
-            if conn.deadline == deadline:
-                self._give_up(conn)
-
-    def _end_idle(self, deadline: float, _: int, conn: Connection) -> bool:
-        idle = conn.deadline == deadline and not conn.arrival.data and not conn.sock.unsent
-        if idle:
-            self._give_up(conn)
-        return idle
+        is_closed = not self.alive and now > self._door_closed_at + AT_THE_DOOR
+        for waits in self._waits.values():
+            for conn in list(waits) if is_closed else ():
+                if not conn.arrival.data and not conn.sock.unsent:
+                    self._give_up(conn)
+            while waits and next(iter(waits.values())) <= now:
+                self._give_up(next(iter(waits)))
 
     def _give_up(self, conn: Connection) -> None:
+        _end_wait(conn)
         self.poller.unregister(conn.sock)
         if conn.arrival.data and not conn.is_leaving:
             self._refuse(conn, 408)
@@ -360,7 +356,7 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _refuse(self, conn: Connection, status: int) -> None:
-        _answer_alone(conn.sock, conn.client, status)
+        self._answer_alone(conn.sock, conn.client, status, origin=conn.arrival.origin())
         self.nr_conns -= 1
         self.see_off(conn)
 
@@ -368,7 +364,7 @@ class Worker(ThreadWorker):
         if not conn.is_leaving:
             self.nr_conns -= 1
         self._leaving.discard(conn)
-        conn.deadline = None
+        _end_wait(conn)
         conn.close()
 
     def see_off(self, conn: Connection) -> None:
@@ -403,14 +399,35 @@ class Worker(ThreadWorker):
         request_id = credentials.new_request_id()
         if status is None and not isinstance(exc, errors.ParseException):
             self.log.exception("Error handling the request %s", request_id)
-        _answer_alone(
-            client, addr, status or (400 if isinstance(exc, errors.ParseException) else 500), request_id
-        )
+        refused = status or (400 if isinstance(exc, errors.ParseException) else 500)
+        self._answer_alone(client, addr, refused, request_id)
+
+    def _answer_alone(
+        self,
+        sock: socket.socket,
+        client: Any,
+        status: int,
+        request_id: str | None = None,
+        origin: str | None = None,
+    ) -> None:
+        """Answer as the app does, without it."""
+        request_id = request_id or credentials.new_request_id()
+        more = headers.of_refusal(self.app.wsgi(), origin)
+        size = _send_refusal(sock, status, {**more, "X-Request-Id": request_id})
+        # Over a Unix socket there is no address.
+        journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, size, request_id)
+        # A crash has been counted where it happened.
+        if status < 500 or status == 501:
+            tally.count_refusal(self.app.wsgi(), status)
 
 
-def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str | None = None) -> None:
-    """Answer as the app does, without it."""
-    request_id = request_id or credentials.new_request_id()
+def _end_wait(conn: Connection) -> None:
+    # At once, not at its deadline: a flood of connections that come and go would pile up.
+    conn.waits.pop(conn, None)
+
+
+def _send_refusal(sock: socket.socket, status: int, more: dict[str, str]) -> int:
+    """Send the one error shape, as far as it goes; the body's bytes."""
     error, description = _REFUSALS[status]
     body = json.dumps({"error": error, "error_description": description}).encode()
     told = {
@@ -418,8 +435,7 @@ def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str
         "Connection": "close",
         "Content-Type": "application/json",
         "Content-Length": len(body),
-        **headers.EVERYWHERE,
-        "X-Request-Id": request_id,
+        **more,
     }
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in told.items()]
@@ -428,5 +444,4 @@ def _answer_alone(sock: socket.socket, client: Any, status: int, request_id: str
         sock.send("\r\n".join([*lines, "", ""]).encode() + body)
     except OSError:
         pass  # a client that is gone misses nothing
-    # Over a Unix socket there is no address.
-    journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, len(body), request_id)
+    return len(body)

@@ -15,6 +15,7 @@ from authlib.oauth2.rfc7523 import PrivateKeyJWT
 from conftest import Clock, Operator, ask_refresh, ask_token
 from flask.testing import FlaskClient
 from joserfc import jwt
+from joserfc.errors import BadSignatureError
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
 from test_tokens import FORM, refused
@@ -433,6 +434,48 @@ def test_a_private_key_is_refused_without_a_search_for_its_primes(operator: Oper
     response = operator.call("POST", json={"name": "x", "jwks": {"keys": [jwk]}})
     assert time.monotonic() < began + 1
     assert "private" in response.json["fields"]["jwks"][0]
+
+
+def rsa_key(bits: int, e: int = 65537, last: int = 1) -> dict[str, str]:
+    """A public key of numbers that nobody has looked for: what they are made of does not show."""
+    numbers = {"n": (1 << bits - 1) + last, "e": e}
+    written = {name: number.to_bytes(-(-number.bit_length() // 8)) for name, number in numbers.items()}
+    return {"kty": "RSA"} | {name: urlsafe_b64encode(n).decode().rstrip("=") for name, n in written.items()}
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [
+        pytest.param(rsa_key(6145), id="long"),
+        pytest.param(rsa_key(16_384), id="very long"),
+        pytest.param(rsa_key(2048, e=2**32 + 1), id="large exponent"),
+        pytest.param(rsa_key(2048, e=2**2000 + 1), id="very large exponent"),
+        pytest.param(rsa_key(2048, last=0), id="even"),
+    ],
+)
+def test_an_rsa_key_that_is_slow_or_cannot_verify_is_refused(operator: Operator, jwk: dict[str, str]) -> None:
+    response = operator.call("POST", json={"name": "x", "jwks": {"keys": [jwk]}})
+    assert response.status_code == 400
+    assert "6144 bits" in response.json["fields"]["jwks"][0]
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [rsa_key(6144), rsa_key(2048, e=3), rsa_key(2048, e=2**32 - 1)],
+    ids=["6144 bits", "exponent 3", "32 bits of exponent"],
+)
+def test_the_longest_rsa_key_and_the_usual_exponents_are_taken(
+    operator: Operator, jwk: dict[str, str]
+) -> None:
+    assert operator.create(jwks={"keys": [jwk]})
+
+
+def test_the_longest_rsa_signature_is_read() -> None:
+    head = urlsafe_b64encode(b'{"alg": "RS256"}').decode().rstrip("=")
+    signature = urlsafe_b64encode(bytes(6144 // 8)).decode()
+    # A longer one is refused for its length.
+    with pytest.raises(BadSignatureError):
+        jwt.decode(f"{head}.e30.{signature}", RSAKey.import_key(rsa_key(6144)), registry=ASSERTION_ALGORITHMS)
 
 
 @pytest.mark.parametrize("jwks", [[], {}, {"keys": []}, {"keys": {}}, {"keys": [], "x": 1}, "x", 5])

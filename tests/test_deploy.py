@@ -60,8 +60,9 @@ def test_the_dashboard_loads_on_any_prometheus() -> None:
     assert len(set(ids)) == len(ids)
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
+    assert all({"text", "value"} <= set(variable["current"]) for variable in variables.values())
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(board)))
-    assert used <= {*variables, "__rate_interval"}
+    assert used <= {*variables, "__rate_interval", "__all"}
     for panel in panels:
         if panel["type"] != "row":
             sources = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import resource
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def slowest_of(server: Server, count: int) -> float:
         assert requests.get(f"{server.url}/health", timeout=5).status_code == 200
         times.append(time.monotonic() - started)
     return max(times)
+
+
+def memory(server: Server) -> int:
+    """Bytes that its one worker takes."""
+    (worker,) = server.workers()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +163,40 @@ def test_what_is_no_request_gets_the_one_error_shape(server: Server, sent: bytes
     assert b"Server:" not in head
 
 
+def test_refusals_are_counted_and_a_page_that_is_let_in_may_read_them(serve: Callable[..., Server]) -> None:
+    running = serve(CORS_ORIGINS="https://page.example", ADMIN_TOKEN="a-token-for-the-test", LOCAL="0").wait()
+    large = TOKEN + b"Origin: %b\r\nContent-Length: 65537\r\n\r\n"
+    let_in = b"\r\nAccess-Control-Allow-Origin: https://page.example\r\n"
+    assert let_in in answer(running, large % b"https://page.example")
+    for origin in (b"https://page.example.com", b"null", b"https://page.example\r\nOrigin: https://x"):
+        refusal = answer(running, large % origin)
+        assert b"\r\nVary: Origin\r\n" in refusal
+        assert b"Access-Control" not in refusal
+    # This one the parser refuses.
+    assert answer(running, b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n").startswith(b"HTTP/1.1 400")
+    bearer = {"Authorization": "Bearer a-token-for-the-test"}
+    counted = requests.get(f"{running.url}/metrics", headers=bearer, timeout=5).text
+    name = "lanyard_http_request_duration_seconds_count"
+    assert f'{name}{{method="any",route="unmatched",status="4xx"}} 5.0' in counted
+
+
+@pytest.mark.parametrize(
+    ("sent", "origin"),
+    [
+        (TOKEN + b"Origin: https://a.example\r\n", "https://a.example"),
+        (TOKEN + b"Origin: https://a.exam", None),
+        (TOKEN + b"Content-Length: 65537\r\n\r\nOrigin: https://a.example\r\n", None),
+        (TOKEN, None),
+    ],
+    ids=["in half a head", "not whole", "in the body", "none"],
+)
+def test_the_origin_is_read_as_far_as_the_request_has_come(sent: bytes, origin: str | None) -> None:
+    arrival = Arrival()
+    with suppress(Refused):
+        arrival.add(sent)
+    assert arrival.origin() == origin
+
+
 def test_no_answer_says_what_serves_it(server: Server) -> None:
     for path in ("/", "/nowhere"):
         assert "Server" not in requests.get(server.url + path).headers
@@ -239,6 +281,18 @@ def test_clients_that_do_not_read_their_answers_do_not_stop_the_others(server: S
             open_connections.enter_context(client)
             client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
         assert slowest_of(server, 20) < 1
+
+
+def test_of_clients_that_broke_off_nothing_is_kept(serve: Callable[..., Server]) -> None:
+    running = serve(WORKERS="1").wait()
+    before = memory(running)
+    for _ in range(600):
+        with connect(running, b"GET /health HTTP/1.1\r\nA: " + b"b" * 50_000) as client:
+            time.sleep(0.0005)
+            # Closed so, it is reset.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert requests.get(f"{running.url}/health", timeout=5).status_code == 200
+    assert memory(running) < before + 10 * 2**20  # bytes; they sent 30 MB
 
 
 def test_a_large_answer_reaches_a_slow_reader_whole(server: Server) -> None:
