@@ -36,6 +36,8 @@ _SEQUENCE = sa.table("sqlite_sequence", sa.column("name"), sa.column("seq"))
 class _Regclass(sa.types.UserDefinedType[int]):
     """PostgreSQL's type for a table or sequence by its name."""
 
+    cache_ok = True
+
     def get_col_spec(self, **kw: Any) -> str:
         """SQLAlchemy's hook."""
         return "REGCLASS"
@@ -215,6 +217,8 @@ def _opened(settings: Settings, file: Path) -> Iterator[Crate]:
             yield unpacked
     except CrateError as error:
         raise CrateError(f"{file} cannot be imported. {error}") from None
+    except OSError as error:
+        raise CrateError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def _check_header(header: Header) -> None:
