@@ -15,7 +15,7 @@ import credentials
 import tally
 import throttle
 from config import SettingError, Settings, check_admin_token, settings
-from database import give_to_owner_of, sync_folder
+from files import give_to_owner_of, sync_folder
 from wire import Problem, parse_authorization
 
 log = logging.getLogger("lanyard")

@@ -15,7 +15,7 @@ import credentials
 import events
 import schemas
 from database import newest_page, writing
-from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db
+from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, has_word
 from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
@@ -376,8 +376,7 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     if query["is_active"] is not None:
         filters.append(Agent.live(now) if query["is_active"] else sa.not_(Agent.live(now)))
     if query["scope"] is not None:
-        held = " " + sa.type_coerce(Agent.scopes, sa.Text) + " "
-        filters.append(sa.func.instr(held, f" {query['scope']} ") > 0)
+        filters.append(has_word(Agent.scopes, query["scope"]))
     if query["owner"] is not None:
         filters.append(Agent.owner == query["owner"])
     if query["stale_days"] is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
 from flask import Flask, Response, jsonify
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
 import access
@@ -90,21 +90,21 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
 
 
 def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
-    if not serving and not settings.database_file.exists():
+    if not serving and settings.uses_sqlite and not settings.database_file.exists():
         raise SettingError(
             f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
             f" {settings.database_file}."
         )
     try:
         if serving:
-            database.mark_serving(app, settings.database_file)
+            database.ways(settings).mark_serving(app, settings)
         database.init_database(app, settings, serving=serving, fill=partial(_fill_database, serving))
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
-    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
-        reason = getattr(error, "orig", error)
-        raise SettingError(f"The database {settings.database_file} cannot be used: {reason}.") from None
+    except (DBAPIError, sqlite3.DatabaseError) as error:
+        reason = str(getattr(error, "orig", error)).strip().rstrip(".")
+        raise SettingError(f"The database {settings.database_name} cannot be used: {reason}.") from None
 
 
 def _fill_database(serving: bool) -> None:
@@ -166,8 +166,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(Problem, _answer_problem)
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
-    app.register_error_handler(OperationalError, _answer_database_error)
-    app.register_error_handler(sqlite3.OperationalError, _answer_database_error)
+    app.register_error_handler(DBAPIError, _answer_database_error)
     app.register_error_handler(Exception, _answer_crash)
 
 
@@ -191,10 +190,10 @@ def _answer_http_error(error: HTTPException) -> Response:
     return _answer_problem(Problem(code, name, text, headers=told))
 
 
-def _answer_database_error(error: OperationalError | sqlite3.OperationalError) -> Response:
+def _answer_database_error(error: DBAPIError) -> Response:
     if not database.may_pass(error):
         return _answer_crash(error)
-    log.error("The database does not answer: %s", getattr(error, "orig", error))
+    log.error("The database does not answer: %s", error.orig)
     text = "The database does not answer just now. Try again shortly."
     return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
 

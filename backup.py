@@ -10,8 +10,9 @@ from pathlib import Path
 
 import clock
 from config import Settings
-from database import give_to_owner_of, nobody_serving, open_read_only, sync_folder
+from files import give_to_owner_of, sync_folder
 from models import Base
+from sqlite import nobody_serving, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
@@ -30,6 +31,7 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
 
     :raises BackupError: when there is a file already, or the copy cannot be made or is no good.
     """
+    _refuse_postgresql(settings)
     refuse_own_files(settings, file)
     refuse_overwriting(file, overwrite)
     with draft_beside(file) as draft:
@@ -45,12 +47,13 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     :raises BackupError: when a server runs, or `file` is no good database of Lanyard's: nothing has
         changed then.
     """
+    _refuse_postgresql(settings)
     target = settings.database_file
     refuse_own_files(settings, file)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         # Held to the end: a server that starts meanwhile waits, and finds the restored database.
-        with nobody_serving(target), draft_beside(target) as draft:
+        with nobody_serving(settings), draft_beside(target) as draft:
             _copy(file, draft, progress)
             check(draft, str(file))
             give_to_owner_of(target if target.exists() else target.parent, draft)
@@ -97,14 +100,19 @@ def _lacking(columns: dict[str, set[str]]) -> str | None:
     return None
 
 
+def _refuse_postgresql(settings: Settings) -> None:
+    if not settings.uses_sqlite:
+        raise BackupError("The database is PostgreSQL's: pg_dump and pg_restore are for that.")
+
+
 def refuse_own_files(settings: Settings, file: Path) -> None:
-    """Refuse a name that a copy must not be written to, or read from.
+    """Refuse a name that a copy must not have.
 
     :raises BackupError: when it is the database's own, or no file's.
     """
     live = settings.database_file
     own = [live, *(Path(f"{live}{ending}") for ending in _COMPANIONS)]
-    if any(file.resolve() == path.resolve() for path in own):
+    if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in own):
         raise BackupError(f"{file} is the instance's own database.")
     if file.is_dir():
         raise BackupError(f"{file} is a folder: name a file.")

@@ -17,7 +17,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
 import clock
 import credentials
@@ -319,8 +319,8 @@ class ClientAssertion(JWTBearerClientAssertion):
             "jti_hash": credentials.digest(jti),
             "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
         }
-        with writing(durable=True) as connection:
-            return _SPEND_ASSERTION.change(connection, **spent) == 1
+        with writing(durable=True) as link:
+            return _SPEND_ASSERTION.change(link, **spent) == 1
 
     def authenticate_client(self, client: Client) -> Client:
         """An agent with keys may use them, whatever else it may use."""

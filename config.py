@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
+POSTGRESQL = "postgresql+psycopg://"
 
 
 class SettingError(ClickException):
@@ -30,7 +32,7 @@ class Settings:
     """Every setting, read once. Durations are seconds. `Settings.from_env` makes one."""
 
     instance: Path
-    database_url: str
+    database_url: str = field(repr=False)  # it may hold a password
     host: str
     port: int
     local: bool
@@ -93,8 +95,18 @@ class Settings:
         return urlsplit(self.issuer).path.rstrip("/")
 
     @property
+    def uses_sqlite(self) -> bool:
+        """Whether the database is a SQLite file; else it is PostgreSQL's."""
+        return self.database_url.startswith("sqlite:")
+
+    @property
+    def database_name(self) -> str:
+        """What to call the database before an operator: never with a password in it."""
+        return str(self.database_file) if self.uses_sqlite else _without_secrets(self.database_url)
+
+    @property
     def database_file(self) -> Path:
-        """Where the SQLite file is."""
+        """Where the SQLite file is, if the database is one."""
         return Path(self.database_url.removeprefix("sqlite:///"))
 
 
@@ -158,12 +170,38 @@ def _database_url(env: Mapping[str, str], instance: Path) -> str:
     url = _read(env, "DATABASE_URL")
     if not url:
         return f"sqlite:///{instance / 'lanyard.db'}"
+    if url.startswith(POSTGRESQL):
+        return _postgresql_url(url)
     path = url.removeprefix("sqlite:///")
     # In-memory databases are refused: every worker would have one of its own.
     if path == url or path in ("", ":memory:") or "?" in path or not Path(path).is_absolute():
         # The value is not repeated: it may hold a password.
-        raise SettingError("LANYARD_DATABASE_URL must be sqlite:/// and the absolute path of a file.")
+        raise SettingError(
+            "LANYARD_DATABASE_URL must be sqlite:/// and the absolute path of a file,"
+            " or postgresql+psycopg://user:password@host/database."
+        )
     return url
+
+
+def _postgresql_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        named = parts.port != 0 and len(parts.path) > 1
+    except ValueError:
+        named = False
+    if not named:
+        raise SettingError("LANYARD_DATABASE_URL must name a database: postgresql+psycopg://host/database.")
+    if find_spec("psycopg") is None:
+        raise SettingError(
+            "LANYARD_DATABASE_URL needs PostgreSQL's driver:"
+            " .venv/bin/pip install -r requirements-postgresql.txt."
+        )
+    return url
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    return f"postgresql://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def check_admin_token(token: str, where: str) -> str:

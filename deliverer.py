@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import random
 import threading
 from collections import Counter
@@ -20,11 +18,13 @@ from standardwebhooks.webhooks import Webhook as Signer
 
 import clock
 import events
+import postgresql
+import sqlite
 import tally
 import vault
 import wall
 from config import DAY, VERSION, settings
-from database import may_pass, writing
+from database import may_pass, ways, writing
 from models import Delivery, Event, Webhook, db
 
 log = logging.getLogger("lanyard")
@@ -74,10 +74,12 @@ class Outcome(NamedTuple):
 
 
 class Deliverer:
-    """Delivers while it holds the lease, a lock on a file that the kernel frees when its process dies."""
+    """Delivers while it holds the lease, of which there is one for all processes of all hosts."""
 
     def __init__(self, app: Flask) -> None:
         self._app = app
+        with app.app_context():
+            self._lease: sqlite.Lease | postgresql.Lease = ways(settings()).Lease(settings())
         self._stopping = threading.Event()
         self._landed = threading.Event()
         self._flying: dict[int, Parcel] = {}
@@ -95,20 +97,24 @@ class Deliverer:
         self._thread.join(wall.TIMEOUT)
 
     def _run(self) -> None:
-        with self._app.app_context():
-            path = f"{settings().database_file}.deliverer"
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600)) as lease:
-            while not self._stopping.is_set():
-                try:
-                    fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._stopping.wait(LEASE_POLL)
-                    continue
+        while not self._stopping.is_set():
+            if self._has_lease():
                 self._deliver()
+            else:
+                self._stopping.wait(LEASE_POLL)
+        self._lease.close()
+
+    def _has_lease(self) -> bool:
+        try:
+            return self._lease.take()
+        except Exception as error:
+            _complain("It cannot be told whose turn it is to deliver webhooks", error)
+            self._stopping.wait(REST)
+            return False
 
     def _deliver(self) -> None:
         with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="delivery") as pool:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and self._has_lease():
                 try:
                     with self._app.app_context():
                         for parcel in self._due():

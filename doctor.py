@@ -18,10 +18,12 @@ import access
 import backup
 import clock
 import keys
+import postgresql
 import vault
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
-from database import is_serving, open_read_only
+from database import ways
 from models import Agent, Delivery, Event, SigningKey, Webhook
+from sqlite import open_read_only
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
@@ -80,19 +82,21 @@ def _look_at_settings(settings: Settings) -> Iterator[Finding]:
         complaints.append(
             "LANYARD_SECRET_KEY is unset: signing keys and webhook secrets are in the database in clear."
         )
+    if not (settings.uses_sqlite or settings.admin_token):
+        complaints.append("LANYARD_ADMIN_TOKEN is unset: several hosts on one database would have one each.")
     yield from _complain("settings", complaints, f"Tokens name {settings.issuer}.")
 
 
 def _look_at_server(settings: Settings) -> Iterator[Finding]:
     try:
-        runs = "A" if is_serving(settings.database_file) else "No"
+        runs = "A" if ways(settings).is_serving(settings) else "No"
         yield Finding(OK, "server", f"{runs} server runs on this instance.")
-    except OSError as error:
+    except (OSError, sa.exc.DBAPIError) as error:
         yield Finding(WARN, "server", f"Cannot tell whether a server runs: {error}.")
 
 
 def _look_at_folder(settings: Settings) -> Iterator[Finding]:
-    for folder in {settings.instance, settings.database_file.parent}:
+    for folder in {settings.instance, *([settings.database_file.parent] if settings.uses_sqlite else [])}:
         if not folder.is_dir():
             yield Finding(FAIL, "folder", f"There is no {folder}: start the server, or set LANYARD_INSTANCE.")
             continue
@@ -106,7 +110,8 @@ def _look_at_folder(settings: Settings) -> Iterator[Finding]:
 
 def _look_at_files(settings: Settings) -> Iterator[Finding]:
     live = settings.database_file
-    kept = sorted(live.parent.glob(f"{live.name}*")) if live.parent.is_dir() else []
+    ours = settings.uses_sqlite and live.parent.is_dir()
+    kept = sorted(live.parent.glob(f"{live.name}*")) if ours else []
     token = access.admin_token_file(settings)
     files = [*kept, *([token] if token.exists() else [])]
     owner = live.stat().st_uid if live.exists() else None
@@ -140,7 +145,7 @@ def _look_at_admin_token(settings: Settings) -> Iterator[Finding]:
 
 def _look_at_disk(settings: Settings) -> Iterator[Finding]:
     live = settings.database_file
-    if not live.parent.is_dir():
+    if not (settings.uses_sqlite and live.parent.is_dir()):
         return
     free = shutil.disk_usage(live.parent).free
     size = live.stat().st_size if live.exists() else 0
@@ -162,6 +167,9 @@ def _look_at_disk(settings: Settings) -> Iterator[Finding]:
 
 
 def _look_at_database(settings: Settings) -> Iterator[Finding]:
+    if not settings.uses_sqlite:
+        yield from _look_at_postgresql(settings)
+        return
     file = settings.database_file
     if not file.exists():
         yield Finding(FAIL, "database", f"There is no {file}: start the server once, or restore a backup.")
@@ -175,19 +183,45 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
     engine = sa.create_engine("sqlite://", creator=lambda: open_read_only(file), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
-            for look in (
-                _look_at_references,
-                _look_at_clock,
-                _look_at_keys,
-                _look_at_seals,
-                _look_at_webhooks,
-            ):
-                yield from look(connection, settings)
+            yield from _look_at_references(connection)
+            yield from _look_at_rows(connection, settings)
     except sa.exc.DatabaseError as error:
         yield Finding(FAIL, "database", f"{file} cannot be read: {error.orig}.")
 
 
-def _look_at_references(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
+    name = settings.database_name
+    try:
+        with postgresql.session(settings) as connection:
+            version = connection.exec_driver_sql("SHOW server_version").scalar()
+            yield Finding(OK, "database", f"{name} answers: PostgreSQL {version}.")
+            yield from _look_at_promises(connection)
+            yield from _look_at_rows(connection, settings)
+    except sa.exc.DBAPIError as error:
+        reason = str(error.orig).strip().rstrip(".")
+        yield Finding(FAIL, "database", f"{name} cannot be read: {reason}.")
+
+
+def _look_at_promises(connection: sa.Connection) -> Iterator[Finding]:
+    """What a commit is worth there (SECURITY.md), and whether more connections can be had."""
+    weak = [
+        f"{name} is off: a power cut may undo what was acknowledged."
+        for name in ("fsync", "full_page_writes", "synchronous_commit")
+        if connection.exec_driver_sql(f"SHOW {name}").scalar() == "off"
+    ]
+    yield from _complain("durability", weak, "What is acknowledged survives a power cut.", level=FAIL)
+    most = int(connection.exec_driver_sql("SHOW max_connections").scalar_one())
+    used = connection.exec_driver_sql("SELECT count(*) FROM pg_stat_activity").scalar_one()
+    full = [f"{used} of {most} are in use: raise max_connections."] if used > 0.8 * most else []
+    yield from _complain("connections", full, f"{used} of {most} are in use.")
+
+
+def _look_at_rows(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
+    for look in (_look_at_clock, _look_at_keys, _look_at_seals, _look_at_webhooks):
+        yield from look(connection, settings)
+
+
+def _look_at_references(connection: sa.Connection) -> Iterator[Finding]:
     broken = connection.execute(sa.text("PRAGMA foreign_key_check")).all()
     if broken:
         tables = ", ".join(sorted({row[0] for row in broken}))

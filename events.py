@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 import threading
 import time
 from collections import OrderedDict
@@ -12,11 +11,12 @@ from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
+from sqlalchemy.exc import DBAPIError
 
 import clock
 import credentials
-from models import Delivery, Event, Moment, Webhook, db
-from prepared import Prepared, writing
+from models import Delivery, Event, Moment, Number, Webhook, db, has_word
+from prepared import Link, Prepared, writing
 
 TYPES = (
     "agent.created",
@@ -49,14 +49,13 @@ _INSERT = Prepared(
     )
     .returning(Event.pk)
 )
-_SUBSCRIBED = " " + sa.type_coerce(Webhook.events, sa.Text) + " "
 # One row for each webhook that wants to know, written with the event: neither is lost alone.
 _OUTBOX = Prepared(
     sa.insert(Delivery).from_select(
         ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
         sa.select(
             Webhook.pk,
-            sa.bindparam("event", type_=sa.Integer),
+            sa.bindparam("event", type_=Number),
             sa.literal("pending"),
             sa.literal(0),
             sa.bindparam("now", type_=Moment),
@@ -64,9 +63,9 @@ _OUTBOX = Prepared(
         ).where(
             Webhook.is_active,
             sa.or_(
-                sa.func.instr(_SUBSCRIBED, " * ") > 0,
-                sa.func.instr(_SUBSCRIBED, sa.bindparam("type", type_=sa.Text)) > 0,
-                sa.func.instr(_SUBSCRIBED, sa.bindparam("group", type_=sa.Text)) > 0,
+                has_word(Webhook.events, "*"),
+                has_word(Webhook.events, sa.bindparam("type")),
+                has_word(Webhook.events, sa.bindparam("group")),
             ),
         ),
     )
@@ -105,7 +104,7 @@ def init_app(app: Flask) -> None:
 def record(
     type_: str,
     agent: Any = None,
-    connection: sqlite3.Connection | None = None,
+    link: Link | None = None,
     *,
     only_webhook: int | None = None,
     **data: Any,
@@ -113,7 +112,7 @@ def record(
     """Record an event in the caller's write transaction, and put it in the outbox; returns its number.
 
     :param agent: the agent it is about, an object with `id`, `name` and `client_id`.
-    :param connection: what the transaction is on, unless it is the session's.
+    :param link: what the transaction is on, unless it is the session's.
     :param only_webhook: the row number of the webhook to tell, whatever it subscribes to.
     :param data: what else there is to tell; never a secret, a hash or a token.
     """
@@ -132,31 +131,31 @@ def record(
     }
     if has_request_context():
         row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
-    connection = connection or _session_connection()
-    event_pk: int = _INSERT.run(connection, **row).pk
+    link = link or _session_link()
+    event_pk: int = _INSERT.run(link, **row).pk
     if only_webhook is not None:
         db.session.add(
             Delivery(webhook_pk=only_webhook, event_pk=event_pk, created_at=now, next_attempt_at=now)
         )
     else:
         group = type_.partition(".")[0]
-        _OUTBOX.change(connection, event=event_pk, now=now, type=f" {type_} ", group=f" {group}.* ")
+        _OUTBOX.change(link, event=event_pk, now=now, type=type_, group=f"{group}.*")
     return event_pk
 
 
-def _session_connection() -> sqlite3.Connection:
+def _session_link() -> Link:
     db.session.flush()  # the outbox asks the tables who is subscribed now
-    connection: Any = db.session.connection().connection.dbapi_connection
-    return connection  # type: ignore[no-any-return]
+    connection = db.session.connection()
+    return Link(connection.connection.dbapi_connection, connection.dialect)
 
 
 def record_failure(client_id: str | None) -> None:
     """Record a failed authentication in a transaction of its own; few of many, for guessers are busy."""
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
-        with suppress(sqlite3.OperationalError), writing(durable=False) as connection:
+        with suppress(DBAPIError), writing(durable=False) as link:
             told: dict[str, Any] = {"client_id": client_id} if client_id else {}
-            record("auth.failed", None, connection, **told)
+            record("auth.failed", None, link, **told)
 
 
 def caller_is(actor: str, client_id: str | None = None) -> None:

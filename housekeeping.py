@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 from flask import Flask, Response
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 import clock
 import waiting
@@ -130,7 +129,7 @@ def _sweep_in(app: Flask, due: _Due) -> None:
     try:
         with app.app_context():
             more = sweep()
-    except (OperationalError, sqlite3.OperationalError) as error:
+    except DBAPIError as error:
         # Locked or full just now: the next sweep finds it all again.
         if not may_pass(error):
             log.exception("What has expired cannot be deleted.")

@@ -120,10 +120,10 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
             if tokens.end_family(token.agent, "token.revoked"):
                 tally.count_token("revoked")
             return
-        with writing(durable=True) as connection:
+        with writing(durable=True) as link:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
-            tokens.revoke(connection, token.facts["jti"], expires_at)
-            events.record("token.revoked", token.agent, connection, token="access")
+            tokens.revoke(link, token.facts["jti"], expires_at)
+            events.record("token.revoked", token.agent, link, token="access")
         tally.count_token("revoked")
 
 

@@ -24,6 +24,7 @@ from prometheus_client.utils import floatToGoString
 
 import bearer
 import clock
+import database
 import keys
 import processes
 from config import VERSION, settings
@@ -81,8 +82,9 @@ class _Database(Collector):
         yield Gauge("lanyard_webhook_delivery_overdue_seconds", text, _overdue())
         yield Gauge("lanyard_events", "Events in the audit log, near enough.", _events())
         yield from _signing_keys()
+        sizes = database.ways(settings()).sizes(settings(), db.session)
         text = "Size of the database's files."
-        yield _by(Gauge("lanyard_database_size_bytes", text, labels=["file"]), _sizes().items())
+        yield _by(Gauge("lanyard_database_size_bytes", text, labels=["file"]), sizes.items())
 
     def _counted(self) -> _Rows:
         # Scrapes that come together wait for one count.
@@ -137,12 +139,13 @@ class _Service(Collector):
 
 def _agents() -> dict[str, int]:
     expired = sa.and_(Agent.is_active, Agent.expires_at <= clock.now())
-    counts = [sa.func.count(), sa.func.total(~Agent.is_active), sa.func.total(expired)]
-    everyone, deactivated, expired_ones = db.session.execute(sa.select(*counts).select_from(Agent)).one()
+    counts = [sa.func.count(), sa.func.count().filter(~Agent.is_active), sa.func.count().filter(expired)]
+    counted = db.session.execute(sa.select(*counts).select_from(Agent)).one()
+    everyone, deactivated, expired_ones = map(int, counted)
     return {
-        "active": everyone - int(deactivated) - int(expired_ones),
-        "deactivated": int(deactivated),
-        "expired": int(expired_ones),
+        "active": everyone - deactivated - expired_ones,
+        "deactivated": deactivated,
+        "expired": expired_ones,
     }
 
 
@@ -193,11 +196,6 @@ def _signing_keys() -> tuple[Metric, Metric]:
         elif key.state == "published":
             following.add_metric([key.alg], key.signs_from.timestamp())
     return made, following
-
-
-def _sizes() -> dict[str, int]:
-    files = {"main": str(settings().database_file), "wal": f"{settings().database_file}-wal"}
-    return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in files.items()}
 
 
 def _requests(timings: Iterable[Timing]) -> Metric:

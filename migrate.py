@@ -11,13 +11,27 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from config import Settings
 
-def run(database: Path, folder: Path, copy: Path | None) -> None:
+
+def run(settings: Settings, folder: Path, newest: str | None) -> Path | None:
     """Bring the database to the newest revision in the folder, in one transaction.
 
-    :param copy: where to keep the database as it was.
+    :param newest: what to call a copy of the database as it was after; none is made unless given, nor
+        of PostgreSQL's, whose operator has other means.
+    :returns: where that copy is.
     :raises Exception: whatever a revision raises; the database is then as it was.
     """
+    if settings.uses_sqlite:
+        return _run_on_sqlite(settings.database_file, folder, newest)
+    engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool, hide_parameters=True)
+    with engine.begin() as connection:
+        _upgrade(connection, folder)
+    return None
+
+
+def _run_on_sqlite(database: Path, folder: Path, newest: str | None) -> Path | None:
+    copy = database.with_name(f"{database.name}.before-{newest}") if newest else None
     engine = sa.create_engine(
         "sqlite://",
         creator=lambda: _connect(database),
@@ -25,15 +39,20 @@ def run(database: Path, folder: Path, copy: Path | None) -> None:
         hide_parameters=True,
     )
     sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    config = Config()
-    config.set_main_option("script_location", str(folder).replace("%", "%%"))
     with engine.begin() as connection:
         if copy:
             _back_up(database, copy)  # nobody writes between this and the change
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        _upgrade(connection, folder)
         if connection.exec_driver_sql("PRAGMA foreign_key_check").first():
             raise sqlite3.IntegrityError("FOREIGN KEY constraint failed")
+    return copy
+
+
+def _upgrade(connection: sa.Connection, folder: Path) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def _connect(database: Path) -> sqlite3.Connection:

@@ -8,7 +8,10 @@ from typing import Any
 import sqlalchemy as sa
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -24,6 +27,10 @@ class Moment(sa.TypeDecorator[datetime]):
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
         """From the database."""
         return None if value is None else datetime.fromtimestamp(value, UTC)
+
+
+# 2,147,483,647 tokens are three weeks' at a thousand a second. SQLite's INTEGER is as long, and numbers rows.
+Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 class Words(sa.TypeDecorator[list[str]]):
@@ -72,7 +79,7 @@ class Agent(Base):
     # AUTOINCREMENT: a deleted agent's number, which pages are keyed by, is never given again.
     __table_args__ = {"sqlite_autoincrement": True}
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(sa.String(36), unique=True)
     client_id: Mapped[str] = mapped_column(sa.String(26), unique=True)
     name: Mapped[str]
@@ -93,9 +100,9 @@ class Agent(Base):
     expires_at: Mapped[datetime | None]
     # The minute that `rate_limit` counts in, and how many tokens were given in it.
     minute_began_at: Mapped[datetime | None]
-    minute_count: Mapped[int] = mapped_column(default=0)
-    token_count: Mapped[int] = mapped_column(default=0)
-    refresh_count: Mapped[int] = mapped_column(default=0)
+    minute_count: Mapped[int] = mapped_column(Number, default=0)
+    token_count: Mapped[int] = mapped_column(Number, default=0)
+    refresh_count: Mapped[int] = mapped_column(Number, default=0)
     last_activity_at: Mapped[datetime | None]
     last_token_issued_at: Mapped[datetime | None]
 
@@ -103,6 +110,23 @@ class Agent(Base):
     def live(cls, at: datetime) -> sa.ColumnElement[bool]:
         """`is_live` as SQL."""
         return sa.and_(cls.is_active, sa.or_(cls.expires_at.is_(None), cls.expires_at > at))
+
+
+class has_word(FunctionElement[bool]):
+    """Whether a column of Words holds a word, as SQL."""
+
+    type = sa.Boolean()
+    inherit_cache = True
+
+    def __init__(self, words: Any, word: Any) -> None:
+        # Each between spaces: no word is found in a part of another.
+        super().__init__(*(" " + sa.type_coerce(text, sa.Text) + " " for text in (words, word)))
+
+
+@compiles(has_word)
+def _has_word(element: has_word, compiler: SQLCompiler, **kwargs: Any) -> str:
+    name = "instr" if compiler.dialect.name == "sqlite" else "strpos"
+    return f"{name}({compiler.process(element.clauses, **kwargs)}) > 0"
 
 
 def is_live(agent: Any, at: datetime) -> bool:
@@ -123,7 +147,7 @@ class ClientSecret(Base):
     __tablename__ = "client_secrets"
     __table_args__ = (sa.UniqueConstraint("agent_pk", "hint"),)
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(sa.String(36), unique=True)
     agent_pk: Mapped[int] = _agent_pk()
     hint: Mapped[str] = mapped_column(sa.String(8))
@@ -167,8 +191,8 @@ class UsageDay(Base):
 
     agent_pk: Mapped[int] = _agent_pk(primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True, index=True)
-    tokens_issued: Mapped[int] = mapped_column(default=0)
-    tokens_refreshed: Mapped[int] = mapped_column(default=0)
+    tokens_issued: Mapped[int] = mapped_column(Number, default=0)
+    tokens_refreshed: Mapped[int] = mapped_column(Number, default=0)
 
 
 class Rotation(Base):
@@ -177,7 +201,7 @@ class Rotation(Base):
     __tablename__ = "rotations"
     __table_args__ = (sa.CheckConstraint("rotated_by IN ('self', 'admin')", name="rotated_by"),)
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     agent_pk: Mapped[int] = _agent_pk(index=True)
     rotated_at: Mapped[datetime]
     rotated_by: Mapped[str]
@@ -210,7 +234,7 @@ class Event(Base):
     # Numbers grow with time and so page and age the log; every token would pay for more indexes here.
     __tablename__ = "events"
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(sa.String(26))
     type: Mapped[str] = mapped_column(sa.String(32))
     created_at: Mapped[datetime]
@@ -228,7 +252,7 @@ class Webhook(Base):
     __tablename__ = "webhooks"
     __table_args__ = {"sqlite_autoincrement": True}
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(sa.String(36), unique=True)
     name: Mapped[str]
     url: Mapped[str]
@@ -256,7 +280,7 @@ class Delivery(Base):
         {"sqlite_autoincrement": True},
     )
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     webhook_pk: Mapped[int] = mapped_column(sa.ForeignKey(Webhook.pk, ondelete="CASCADE"))
     event_pk: Mapped[int] = mapped_column(sa.ForeignKey(Event.pk, ondelete="CASCADE"), index=True)
     event: Mapped[Event] = relationship(lazy="joined", innerjoin=True)
@@ -302,7 +326,7 @@ class SigningKey(Base):
     # AUTOINCREMENT: the highest number tells a worker whether it has seen the newest key.
     __table_args__ = {"sqlite_autoincrement": True}
 
-    pk: Mapped[int] = mapped_column(sa.Integer, primary_key=True)
+    pk: Mapped[int] = mapped_column(Number, primary_key=True)
     kid: Mapped[str] = mapped_column(sa.String(43), unique=True)
     alg: Mapped[str]
     jwk: Mapped[str]

@@ -7,23 +7,27 @@ the time (README, Speed). Management takes the session.
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import make_dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from flask import Flask, current_app
-from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 import database
+from config import settings
 from models import db
 
 _EXTENSION = "lanyard.prepared"
-_DIALECT = sqlite_dialect(paramstyle="named")
+
+
+class Link(NamedTuple):
+    """A driver's connection, and the dialect it speaks."""
+
+    driver: Any
+    dialect: sa.Dialect
 
 
 class Prepared:
@@ -31,60 +35,99 @@ class Prepared:
 
     def __init__(self, statement: Any) -> None:
         self._statement = statement
+        self._compiled: dict[str, _Compiled] = {}
 
     def first(self, **values: Any) -> Any:
         """The first row, its columns as attributes, or None: a read that is over when this returns."""
-        return self.run(_kept_connection().dbapi_connection, **values)
+        return self.run(_kept().link, **values)
 
-    def run(self, connection: sqlite3.Connection, **values: Any) -> Any:
+    def run(self, link: Link, **values: Any) -> Any:
         """The same in the caller's transaction."""
-        rows = connection.execute(self._sql, self._bound(values)).fetchall()
-        return self._row(rows[0]) if rows else None
+        compiled = self._compiled_for(link.dialect)
+        try:
+            rows = link.driver.execute(compiled.sql, compiled.bound(values)).fetchall()
+        except link.dialect.loaded_dbapi.Error as error:
+            raise database.wrap(error, link.dialect) from error
+        return compiled.row(rows[0]) if rows else None
 
-    def change(self, connection: sqlite3.Connection, **values: Any) -> int:
+    def change(self, link: Link, **values: Any) -> int:
         """Run it in the caller's transaction; returns how many rows it changed."""
-        return connection.execute(self._sql, self._bound(values)).rowcount
+        compiled = self._compiled_for(link.dialect)
+        try:
+            changed: int = link.driver.execute(compiled.sql, compiled.bound(values)).rowcount
+        except link.dialect.loaded_dbapi.Error as error:
+            raise database.wrap(error, link.dialect) from error
+        return changed
 
-    @cached_property
-    def _compiled(self) -> Any:
-        return self._statement.compile(dialect=_DIALECT)
+    def _compiled_for(self, dialect: sa.Dialect) -> _Compiled:
+        compiled = self._compiled.get(dialect.name)
+        if compiled is None:
+            compiled = self._compiled[dialect.name] = _Compiled(self._statement, dialect)
+        return compiled
 
-    @cached_property
-    def _sql(self) -> str:
-        return str(self._compiled)
 
-    @cached_property
-    def _constants(self) -> dict[str, Any]:
-        """The values that the statement itself holds."""
-        return dict(self._compiled.params)
+class _Compiled:
+    """A statement in one dialect, and what turns its values into the driver's and back."""
 
-    @cached_property
-    def _writers(self) -> list[tuple[str, Callable[[Any], Any]]]:
-        """What turns a parameter into what the driver takes, where something must."""
-        found = [(name, _impl(bind).bind_processor(_DIALECT)) for name, bind in self._compiled.binds.items()]
-        return [(name, write) for name, write in found if write and name in self._constants]
+    def __init__(self, statement: Any, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.sql = str(compiled)
+        # The values that the statement itself holds.
+        self._constants: dict[str, Any] = dict(compiled.params)
+        # What turns a parameter into what the driver takes, where something must.
+        found = [
+            (name, _impl(bind, dialect).bind_processor(dialect)) for name, bind in compiled.binds.items()
+        ]
+        self._writers = [(name, write) for name, write in found if write and name in self._constants]
+        self.row = _row_maker(list(statement.exported_columns), dialect)
 
-    def _bound(self, values: dict[str, Any]) -> dict[str, Any]:
+    def bound(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The driver's parameters."""
         bound = self._constants | values
         for name, write in self._writers:
             bound[name] = write(bound[name])
         return bound
 
-    @cached_property
-    def _row(self) -> Callable[[tuple[Any, ...]], Any]:
-        """What turns the driver's row into an object."""
-        columns = list(self._statement.exported_columns)
-        make = make_dataclass("Row", [str(column.key) for column in columns], slots=True)
-        found = [_impl(column).result_processor(_DIALECT, None) for column in columns]
-        readers = [(index, read) for index, read in enumerate(found) if read]
 
-        def row(values: tuple[Any, ...]) -> Any:
-            cells = list(values)
-            for index, read in readers:
-                cells[index] = read(cells[index])
-            return make(*cells)
+def _row_maker(columns: list[Any], dialect: sa.Dialect) -> Callable[[tuple[Any, ...]], Any]:
+    """What turns the driver's row into an object."""
+    make = make_dataclass("Row", [str(column.key) for column in columns], slots=True)
+    found = [_impl(column, dialect).result_processor(dialect, None) for column in columns]
+    readers = [(index, read) for index, read in enumerate(found) if read]
 
-        return row
+    def row(values: tuple[Any, ...]) -> Any:
+        cells = list(values)
+        for index, read in readers:
+            cells[index] = read(cells[index])
+        return make(*cells)
+
+    return row
+
+
+def _impl(expression: Any, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+    impl: sa.types.TypeEngine[Any] = expression.type.dialect_impl(dialect)
+    return impl
+
+
+class _Kept:
+    """A connection that a thread keeps, opened as the engine opens its own."""
+
+    def __init__(self) -> None:
+        connection = db.engine.raw_connection()
+        connection.detach()
+        self.link = Link(connection.dbapi_connection, db.engine.dialect)
+        self.info = connection.info
+        self.process = os.getpid()
+        self._is_gone = database.ways(settings()).is_gone
+        database.ways(settings()).make_ready(self.link.driver)
+
+    def is_good(self) -> bool:
+        """Whether it still leads somewhere, and was not inherited: a connection must not cross a fork."""
+        return self.process == os.getpid() and not self._is_gone(self.link.driver)
+
+    def __del__(self) -> None:
+        if self.process == os.getpid():
+            self.link.driver.close()
 
 
 def init_app(app: Flask) -> None:
@@ -93,34 +136,37 @@ def init_app(app: Flask) -> None:
 
 
 @contextmanager
-def writing(*, durable: bool) -> Iterator[sqlite3.Connection]:
-    """`database.writing` without the session: BEGIN IMMEDIATE, then COMMIT, or ROLLBACK on any error.
+def writing(*, durable: bool) -> Iterator[Link]:
+    """`database.writing` without the session, and beside others of its kind where the database can.
+
+    So the statements inside must each be right whatever another does between them: they change rows
+    only if those are still what was read (`WHERE`), and the first such row is locked till the end.
 
     :param durable: fsync at the commit; without it a power cut, not a crash, may undo the commit.
     """
-    kept = _kept_connection()
-    connection: sqlite3.Connection = kept.dbapi_connection
-    database.begin_writing(connection.execute, kept.info, durable=durable)
+    kept = _kept()
+    link = kept.link
+    database.begin_writing(link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False)
     try:
-        yield connection
-        connection.execute("COMMIT")
+        yield link
+        _commit(link)
     except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        with suppress(link.dialect.loaded_dbapi.Error):  # the first error is the one to tell
+            link.driver.rollback()
         raise
 
 
-def _kept_connection() -> Any:
-    """This thread's connection, as the engine opened it; the driver's own is its `dbapi_connection`."""
+def _commit(link: Link) -> None:
+    try:
+        link.driver.commit()
+    except link.dialect.loaded_dbapi.Error as error:
+        raise database.wrap(error, link.dialect) from error
+
+
+def _kept() -> _Kept:
+    """This thread's connection."""
     mine = current_app.extensions[_EXTENSION]
-    # A connection must not cross a fork.
-    if getattr(mine, "process", None) != os.getpid():
-        mine.connection = db.engine.raw_connection()
-        mine.connection.detach()
-        mine.process = os.getpid()
-    return mine.connection
-
-
-def _impl(expression: Any) -> sa.types.TypeEngine[Any]:
-    impl: sa.types.TypeEngine[Any] = expression.type.dialect_impl(_DIALECT)
-    return impl
+    kept: _Kept | None = getattr(mine, "kept", None)
+    if kept is None or not kept.is_good():
+        kept = mine.kept = _Kept()
+    return kept

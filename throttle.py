@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import sqlalchemy as sa
 from flask import request
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
 import clock
 import tally
@@ -36,8 +36,19 @@ SECRET = Limit(50, 6)
 ADDRESS = Limit(200, 1)
 
 _LOOK = Prepared(sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key")))
-_NEW: dict[str, Any] = {"clear_at": bindparam("clear_at", type_=Moment)}
-_COUNT = Prepared(insert(FailedSignIns).values(key=bindparam("key"), **_NEW).on_conflict_do_update(set_=_NEW))
+_NOW, _LATEST = bindparam("now", type_=Moment), bindparam("latest", type_=Moment)
+_KEPT = FailedSignIns.clear_at.between(_NOW, _LATEST)
+_PAUSE = bindparam("pause", type_=sa.BigInteger)  # seconds
+_LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + _PAUSE
+# In one statement, so that none of those who fail at the same time goes uncounted.
+_COUNT = Prepared(
+    insert(FailedSignIns)
+    .values(key=bindparam("key"), clear_at=bindparam("clear_at", type_=Moment))
+    .on_conflict_do_update(
+        index_elements=[FailedSignIns.key],
+        set_={"clear_at": sa.case((_KEPT, _LATER), else_=bindparam("clear_at", type_=Moment))},
+    )
+)
 
 
 class Guess:
@@ -67,11 +78,11 @@ class Guess:
     def failed(self) -> None:
         """Count it."""
         now = clock.now()
-        with writing(durable=False) as connection:
+        with writing(durable=False) as link:
             for key, limit in self._buckets:
-                pause = timedelta(seconds=limit.seconds)
-                clear_at = _clear_at(_LOOK.run(connection, key=key), now, limit) + pause
-                _COUNT.change(connection, key=key, clear_at=clear_at)
+                clear_at = now + timedelta(seconds=limit.seconds)
+                values = {"now": now, "latest": _latest(now, limit), "pause": limit.seconds}
+                _COUNT.change(link, key=key, clear_at=clear_at, **values)
 
 
 def refuse(seconds: int) -> NoReturn:
@@ -86,9 +97,12 @@ def refuse(seconds: int) -> NoReturn:
 
 def _clear_at(row: Any, now: datetime, limit: Limit) -> datetime:
     """When the last of the failures is forgotten; a time that a clock since set back wrote does not count."""
-    latest = now + limit.window + timedelta(seconds=limit.seconds)
     clear_at: datetime = row.clear_at if row else now
-    return max(now, clear_at) if clear_at <= latest else now
+    return max(now, clear_at) if clear_at <= _latest(now, limit) else now
+
+
+def _latest(now: datetime, limit: Limit) -> datetime:
+    return now + limit.window + timedelta(seconds=limit.seconds)
 
 
 def _network(address: str) -> str:

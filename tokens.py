@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import sqlite3
 from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ from authlib.oauth2.rfc6749 import InvalidGrantError, InvalidScopeError
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
 from joserfc import jwt
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
 import clock
 import credentials
@@ -23,7 +22,7 @@ import tally
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
-from prepared import Prepared, writing
+from prepared import Link, Prepared, writing
 from wire import Problem
 
 log = logging.getLogger("lanyard")
@@ -42,15 +41,16 @@ _COUNT_TOKEN = Prepared(
 _COUNT_REFRESH = Prepared(
     sa.update(Agent).where(_LIVE_AGENT).values(refresh_count=Agent.refresh_count + 1, **_ACTIVITY)
 )
+_DAY = (UsageDay.agent_pk, UsageDay.day)
 _TOKEN_DAY = Prepared(
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=1, tokens_refreshed=0)
-    .on_conflict_do_update(set_={"tokens_issued": UsageDay.tokens_issued + 1})
+    .on_conflict_do_update(index_elements=_DAY, set_={"tokens_issued": UsageDay.tokens_issued + 1})
 )
 _REFRESH_DAY = Prepared(
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
-    .on_conflict_do_update(set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
+    .on_conflict_do_update(index_elements=_DAY, set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
 )
 _MINUTE_IS_OVER = sa.or_(
     Agent.minute_began_at.is_(None),
@@ -158,8 +158,8 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
 
     :raises AuthenticationFailed: when the agent died since it was authenticated.
     """
-    with writing(durable=False) as connection:
-        if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
+    with writing(durable=False) as link:
+        if not _count(link, client, _COUNT_TOKEN, _TOKEN_DAY):
             raise AuthenticationFailed()
         family = {
             **_newest(client, token),
@@ -168,10 +168,10 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "token_version": client.row.token_version,
             "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
         }
-        _NEW_FAMILY.change(connection, **family)
+        _NEW_FAMILY.change(link, **family)
         if client.secret_pk is not None and client.row.last_used_at != client.now:
-            _USE_SECRET.change(connection, secret=client.secret_pk, now=client.now)
-        _record(connection, "token.issued", client, token)
+            _USE_SECRET.change(link, secret=client.secret_pk, now=client.now)
+        _record(link, "token.issued", client, token)
 
 
 def use_refresh_token(text: str) -> Client:
@@ -223,14 +223,14 @@ def next_of_family(client: Client, token: dict[str, Any]) -> None:
     :raises InvalidGrantError: when the agent died, or the old token was used, since it was found.
     """
     old = client.row
-    with writing(durable=True) as connection:
+    with writing(durable=True) as link:
         values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
-        won = _NEXT_TOKEN.change(connection, **values) == 1
-        if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
+        won = _NEXT_TOKEN.change(link, **values) == 1
+        if won and not _count(link, client, _COUNT_REFRESH, _REFRESH_DAY):
             raise _no_good()
         if won:
-            _record(connection, "token.refreshed", client, token)
+            _record(link, "token.refreshed", client, token)
     if not won:
         _end_reused(client)
 
@@ -246,13 +246,13 @@ def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(connection: sqlite3.Connection, client: Client, count: Prepared, day: Prepared) -> bool:
+def _count(link: Link, client: Client, count: Prepared, day: Prepared) -> bool:
     """Count a token; False when its agent is no longer the one that was authenticated."""
     values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
-    if count.change(connection, **values) != 1:
+    if count.change(link, **values) != 1:
         return False
-    day.change(connection, agent=client.row.pk, day=client.now.date())
-    if client.row.rate_limit is not None and _TAKE_ROOM.change(connection, **_minute(client)) != 1:
+    day.change(link, agent=client.row.pk, day=client.now.date())
+    if client.row.rate_limit is not None and _TAKE_ROOM.change(link, **_minute(client)) != 1:
         _see_room(client)
     return True
 
@@ -289,18 +289,18 @@ def end_family(client: Client, event: str) -> bool:
 
     Returns whether it was still there.
     """
-    with writing(durable=True) as connection:
-        ended = _END_FAMILY.change(connection, family=client.family_id) == 1
+    with writing(durable=True) as link:
+        ended = _END_FAMILY.change(link, family=client.family_id) == 1
         if ended:
             longest = clock.now() + timedelta(seconds=keys.LONGEST_TOKEN)
-            revoke(connection, credentials.grant_id(client.family_id), longest)
-            events.record(event, client.row, connection, token="refresh")
+            revoke(link, credentials.grant_id(client.family_id), longest)
+            events.record(event, client.row, link, token="refresh")
     return ended
 
 
-def revoke(connection: sqlite3.Connection, jti: str, expires_at: datetime) -> None:
+def revoke(link: Link, jti: str, expires_at: datetime) -> None:
     """Remember that a `jti`, or the part of one before its dot, is revoked, until `expires_at`."""
-    _REVOKE.change(connection, id=jti, expires_at=expires_at)
+    _REVOKE.change(link, id=jti, expires_at=expires_at)
 
 
 def _end_reused(client: Client) -> NoReturn:
@@ -310,8 +310,8 @@ def _end_reused(client: Client) -> NoReturn:
     raise _no_good()
 
 
-def _record(connection: sqlite3.Connection, event: str, client: Client, token: dict[str, Any]) -> None:
-    events.record(event, client.row, connection, scope=token["scope"], audience=client.audiences)
+def _record(link: Link, event: str, client: Client, token: dict[str, Any]) -> None:
+    events.record(event, client.row, link, scope=token["scope"], audience=client.audiences)
 
 
 def _no_good() -> InvalidGrantError:

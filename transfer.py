@@ -22,6 +22,7 @@ import vault
 from backup import Progress
 from config import VERSION, SettingError, Settings
 from crate import Crate, CrateError, Header, Row
+from files import give_to_owner_of
 from models import Base, SigningKey, db
 
 BATCH = 500  # rows
@@ -79,10 +80,11 @@ def bring_in(settings: Settings, file: Path, *, progress: Progress) -> Header:
         with app.app_context():
             header = _look_through(file, progress)
         # A server that starts meanwhile waits, and finds everything.
-        database.init_database(app, settings, serving=is_new, fill=partial(_fill, file, progress))
+        fill = partial(_fill, file, progress)
+        database.init_database(app, settings, serving=False, may_change=is_new, fill=fill)
     except (sa.exc.DBAPIError, sqlite3.DatabaseError) as error:
         raise CrateError(f"The database cannot be used: {_reason(error)}.") from None
-    if is_new:
+    if is_new and settings.uses_sqlite:
         _give_to_owner(settings)
     return header
 
@@ -90,15 +92,17 @@ def bring_in(settings: Settings, file: Path, *, progress: Progress) -> Header:
 def _refuse_unless_fresh(settings: Settings) -> bool:
     """Refuse a database that is in use; returns whether there is none at all yet."""
     _refuse_if_serving(settings)
-    if not settings.database_file.exists():
+    if settings.uses_sqlite and not settings.database_file.exists():
         return True
-    engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool)
+    its = database.ways(settings)
+    options = its.engine_options(settings, False) | {"poolclass": sa.NullPool, "hide_parameters": True}
+    engine = sa.create_engine(its.url(settings), **options)
     with engine.connect() as connection:
         return not _refuse_occupied(connection)
 
 
 def _refuse_if_serving(settings: Settings) -> None:
-    if database.is_serving(settings.database_file):
+    if database.ways(settings).is_serving(settings):
         raise CrateError("A server runs on this instance: stop it first.")
 
 
@@ -116,7 +120,7 @@ def _refuse_occupied(connection: sa.Connection) -> list[str]:
 def _give_to_owner(settings: Settings) -> None:
     live = settings.database_file
     for file in live.parent.glob(f"{live.name}*"):
-        database.give_to_owner_of(live.parent, file)
+        give_to_owner_of(live.parent, file)
 
 
 @contextmanager
@@ -182,7 +186,6 @@ def _sequence_of(pk: sa.Column[Any]) -> sa.ColumnElement[Any]:
 def _look_through(file: Path, progress: Progress) -> Header:
     """See that the whole file will do; in an app's context, whose keys must open what is sealed."""
     with _opened(config.settings(), file) as unpacked:
-        _check_header(unpacked.header)
         total = 2 * sum(unpacked.header.rows.values())
         for done, row in enumerate(unpacked.rows(), 1):
             _check_sealed(row)
@@ -213,7 +216,8 @@ def _opened(settings: Settings, file: Path) -> Iterator[Crate]:
     """The file to read; what is wrong with it is told with its name."""
     try:
         # PostgreSQL has no NUL in texts.
-        with crate.unpacking(file, nul=settings.database_url.startswith("sqlite:")) as unpacked:
+        with crate.unpacking(file, nul=settings.uses_sqlite) as unpacked:
+            _check_header(unpacked.header)
             yield unpacked
     except CrateError as error:
         raise CrateError(f"{file} cannot be imported. {error}") from None

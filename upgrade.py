@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
-from contextlib import closing
-from pathlib import Path
 
-from config import HERE, VERSION, SettingError
+import sqlalchemy as sa
+
+from config import HERE, VERSION, SettingError, Settings
 
 FOLDER = HERE / "migrations"
 
 log = logging.getLogger("lanyard")
 
 
-def bring_up_to_date(database: Path, *, may_change: bool) -> None:
+def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool) -> None:
     """Run the revisions that the database misses, all or none of them; usually there are none.
 
-    Call it alone: while no other process does. A database with something in it is copied first,
+    Call it alone: while no other process does. A SQLite file with something in it is copied first,
     into `<database>.before-<revision>`.
 
     :param may_change: whether revisions may be run at all.
@@ -25,16 +24,16 @@ def bring_up_to_date(database: Path, *, may_change: bool) -> None:
     """
     revisions = _revisions()
     newest = revisions[-1]
-    stored = _stored(database)
+    stored = _stored(engine, settings.database_name)
     if stored == newest:
         return
-    _refuse_foreign(database, stored, revisions)
+    _refuse_foreign(settings.database_name, stored, revisions)
     if not may_change:
         raise SettingError(
-            f"The database {database} has schema {stored or 'none'} and this Lanyard needs {newest}:"
-            " start the server once, which upgrades it."
+            f"The database {settings.database_name} has schema {stored or 'none'} and this Lanyard needs"
+            f" {newest}: start the server once, which upgrades it."
         )
-    _change(database, stored, newest)
+    _change(settings, stored, newest)
 
 
 def _revisions() -> list[str]:
@@ -42,23 +41,23 @@ def _revisions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*_*.py"))
 
 
-def _stored(database: Path) -> str | None:
+def _stored(engine: sa.Engine, database: str) -> str | None:
     """The revision of the database, none for one with nothing in it."""
-    with closing(sqlite3.connect(database)) as connection:
-        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    with engine.connect() as connection:
+        tables = sa.inspect(connection).get_table_names()
         if not tables:
             return None
-        if ("alembic_version",) in tables:
-            found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        if "alembic_version" in tables:
+            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
             if found:
-                return str(found[0])
+                return str(found)
     raise SettingError(
         f"The database {database} has tables, but no schema version: it is of a Lanyard older than the first"
         " release, or no Lanyard's; move it away to start anew."
     )
 
 
-def _refuse_foreign(database: Path, stored: str | None, revisions: list[str]) -> None:
+def _refuse_foreign(database: str, stored: str | None, revisions: list[str]) -> None:
     if stored is not None and stored not in revisions:
         raise SettingError(
             f"The database {database} has schema {stored}, which is newer than schema {revisions[-1]} of this"
@@ -66,17 +65,19 @@ def _refuse_foreign(database: Path, stored: str | None, revisions: list[str]) ->
         )
 
 
-def _change(database: Path, stored: str | None, newest: str) -> None:
+def _change(settings: Settings, stored: str | None, newest: str) -> None:
     # A tenth of a second and 11 MB, which only a start with something to change pays.
     import migrate
 
-    copy = database.with_name(f"{database.name}.before-{newest}") if stored else None
+    name = settings.database_name
     try:
-        migrate.run(database, FOLDER, copy)
+        copy = migrate.run(settings, FOLDER, newest if stored else None)
     except Exception as error:
         raise SettingError(
-            f"The database {database} could not be brought from schema {stored or 'none'} to {newest},"
+            f"The database {name} could not be brought from schema {stored or 'none'} to {newest},"
             f" and is as it was: {getattr(error, 'orig', None) or error!r}."
         ) from error
     if copy:
         log.warning("The database was upgraded from schema %s to %s; %s is it before.", stored, newest, copy)
+    elif stored:
+        log.warning("The database was upgraded from schema %s to %s.", stored, newest)

@@ -94,7 +94,7 @@ def export(file: Path, force: bool, as_json: bool) -> None:
     FILE is JSON lines, squeezed if its name ends in .gz. Private keys are in it: it is as secret as the
     database.
     """
-    if database.is_serving(config.settings().database_file):
+    if database.ways(config.settings()).is_serving(config.settings()):
         console.note("A server runs: what happens from now on is not in FILE. To move, stop it first.")
     with _faults(), _bar("Exporting") as tell:
         header = transfer.export(file, overwrite=force, progress=tell)
@@ -136,7 +136,7 @@ def purge(vacuum: bool, as_json: bool) -> None:
             bar.update(sum(batch.values()))
     if vacuum:
         with _faults():
-            _vacuum(config.settings().database_file)
+            _vacuum(config.settings())
     if as_json:
         console.show_json({"deleted": deleted, "total": deleted.total()})
         return
@@ -191,8 +191,10 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def _vacuum(file: Path) -> None:
+def _vacuum(settings: Settings) -> None:
+    if not settings.uses_sqlite:
+        raise click.ClickException("PostgreSQL looks after its files by itself: leave --vacuum out.")
     connection: Any
-    with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(settings.database_file, timeout=30, isolation_level=None)) as connection:
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

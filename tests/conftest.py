@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import on_postgresql
 import pytest
 import requests
 from flask import Flask, Response, request_finished
@@ -71,6 +72,14 @@ class Watch(logging.Handler):
         return [line for line in self.lines if any(part in line for part in leaked)]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On PostgreSQL, leave out what is about SQLite's file."""
+    if on_postgresql.is_used():
+        left_out = [item for item in items if item.get_closest_marker("sqlite")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_secret_is_logged() -> Iterator[None]:
     """Holds for all tests of this process together; its failure is an error of the last one."""
@@ -86,7 +95,7 @@ def no_secret_is_logged() -> Iterator[None]:
 def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database after its first start; making a signing key takes longer than most tests."""
     folder = tmp_path_factory.mktemp("first-start")
-    create_app(settings_for(folder), serving=True)
+    close(create_app(settings_for(folder), serving=True))
     return folder / "lanyard.db"
 
 
@@ -102,29 +111,43 @@ def close(app: Flask) -> None:
     """Let go of the app's connections, when a test makes more apps than files may be open."""
     with app.app_context():
         db.engine.dispose()
-    kept = getattr(app.extensions["lanyard.prepared"], "connection", None)
-    if kept is not None:
-        kept.dbapi_connection.close()
+    vars(app.extensions["lanyard.prepared"]).clear()
 
 
 def settings_for(folder: Path, **variables: str) -> Settings:
     """Settings for an instance in `folder`, cheap in bcrypt."""
     env = {"INSTANCE": str(folder), "ADMIN_TOKEN": ADMIN_TOKEN, "BCRYPT_COST": "4", **variables}
+    env = database_variables(Path(env["INSTANCE"])) | env
     return Settings.from_env({f"LANYARD_{name}": value for name, value in env.items()})
 
 
+def database_variables(folder: Path) -> dict[str, str]:
+    """The settings that give an instance a database of its own, where its folder does not."""
+    return {"DATABASE_URL": on_postgresql.url_of(folder)} if on_postgresql.is_used() else {}
+
+
+def copy_instance(template: Path, folder: Path) -> None:
+    """Put a copy of a database, as the fixtures above make it, into an instance's folder."""
+    folder.mkdir(exist_ok=True)
+    if on_postgresql.is_used():
+        on_postgresql.copy(template.parent, folder)
+    else:
+        shutil.copy(template, folder)
+
+
 @pytest.fixture
-def make_app(tmp_path: Path, first_start: Path) -> Callable[..., Flask]:
+def make_app(tmp_path: Path, first_start: Path) -> Iterator[Callable[..., Flask]]:
     """Make an app with the settings given, on a database of this test's own."""
+    folder = tmp_path / "instance"
 
     def make(**variables: str) -> Flask:
-        folder = tmp_path / "instance"
         if not folder.exists():
-            folder.mkdir()
-            shutil.copy(first_start, folder)
+            copy_instance(first_start, folder)
         return create_app(settings_for(folder, **variables), serving=True)
 
-    return make
+    yield make
+    if on_postgresql.is_used():
+        on_postgresql.drop(folder)
 
 
 @pytest.fixture
@@ -236,6 +259,7 @@ class Server:
         self.log = folder / "server.log"
         self.instance = folder / "instance"
         env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **variables}
+        env = database_variables(self.instance) | env
         self.worker_count = int(env["WORKERS"])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

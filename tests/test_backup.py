@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 from click.testing import CliRunner, Result
-from conftest import Operator, Server, settings_for
+from conftest import Operator, Server, copy_instance, settings_for
 from flask import Flask
 from test_cli import lanyard
 from test_serving import register, token_body
@@ -35,8 +35,7 @@ def run(folder: Path, *arguments: str | Path) -> Result:
 def instance(tmp_path: Path, first_start: Path) -> Path:
     """An instance that no server runs on."""
     folder = tmp_path / "instance"
-    folder.mkdir()
-    shutil.copy(first_start, folder)
+    copy_instance(first_start, folder)
     return folder
 
 

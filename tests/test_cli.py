@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 from click.testing import Result
-from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer
+from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, copy_instance
 from flask import Flask
 from flask.testing import FlaskClient
 
@@ -37,8 +36,7 @@ def run(app: Flask) -> Run:
 def environment(tmp_path: Path, first_start: Path) -> dict[str, str]:
     """The environment of a command on an instance of this test's own."""
     folder = tmp_path / "instance"
-    folder.mkdir()
-    shutil.copy(first_start, folder)
+    copy_instance(first_start, folder)
     return {**os.environ, "LANYARD_INSTANCE": str(folder)}
 
 

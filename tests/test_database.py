@@ -45,25 +45,25 @@ def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
 
 
 @pytest.fixture
-def synchronous_levels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which level each write transaction commits with."""
-    levels: list[str] = []
+def durabilities(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each write transaction is durable once it is committed."""
+    found: list[bool] = []
     real = database.begin_writing
 
-    def begin_writing(execute: Any, info: dict[str, str], **options: Any) -> None:
-        real(execute, info, **options)
-        levels.append(info["synchronous"])
+    def begin_writing(*args: Any, durable: bool, **options: Any) -> None:
+        real(*args, durable=durable, **options)
+        found.append(durable)
 
     monkeypatch.setattr(database, "begin_writing", begin_writing)
-    return levels
+    return found
 
 
 def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
-    synchronous_levels: list[str], make_app: Callable[..., Flask]
+    durabilities: list[bool], make_app: Callable[..., Flask]
 ) -> None:
     app = make_app()
     operator, client = Operator(app), app.test_client()
-    synchronous_levels.clear()
+    durabilities.clear()
     agent = operator.create()
     token = ask_token(client, agent).json
     ask_refresh(client, token["refresh_token"])
@@ -72,7 +72,7 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
     token = ask_token(client, {**agent, **new}).json
     client.post("/oauth/revoke", json={"token": token["access_token"]}, headers=OPERATOR)
     client.delete(f"/api/agents/{agent['agent']['id']}", headers=OPERATOR)
-    assert synchronous_levels == ["FULL", "NORMAL", "FULL", "FULL", "FULL", "NORMAL", "FULL", "FULL"]
+    assert durabilities == [True, False, True, True, True, False, True, True]
 
 
 def lock(folder: Path) -> sqlite3.Connection:

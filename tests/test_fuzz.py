@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from anything import (
     query,
     segment,
 )
-from conftest import OPERATOR, Operator, ask_token, close, settings_for
+from conftest import OPERATOR, Operator, ask_token, close, copy_instance, settings_for
 from flask import Flask
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +72,7 @@ class Instance(NamedTuple):
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("fuzzed")
-    shutil.copy(quick_start, folder)
+    copy_instance(quick_start, folder)
     with pytest.MonkeyPatch.context() as patch:
         # What comes and goes beside the requests would look like a change they made.
         patch.setattr(housekeeping, "PAUSE", 10**9)

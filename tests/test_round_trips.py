@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import Operator, close, settings_for
+from conftest import Operator, close, copy_instance, settings_for
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -57,7 +56,7 @@ UNSAID: dict[str, Any] = {
 def anybody(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Iterator[Operator]:
     """The operator of an instance that all examples share."""
     folder = tmp_path_factory.mktemp("round-trips")
-    shutil.copy(quick_start, folder)
+    copy_instance(quick_start, folder)
     app = create_app(settings_for(folder, SIGNING_ALG="ES256"), serving=True)
     yield Operator(app)
     close(app)

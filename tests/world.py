@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, close, settings_for
+from conftest import OPERATOR, Clock, close, copy_instance, settings_for
 from expected import ISSUER, Agent, Grant, Secret, written
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from werkzeug.test import TestResponse
@@ -28,7 +28,7 @@ class World(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(clock, "now", self.clock.now)
         self.folder = Path(tempfile.mkdtemp(dir=first_start.parent))
-        shutil.copy(first_start, self.folder)
+        copy_instance(first_start, self.folder)
         settings = settings_for(self.folder, SIGNING_ALG="ES256", EVENT_RETENTION_DAYS="3650")
         self.workers = [create_app(settings, serving=True) for _ in range(2)]
         self.clients = cycle([worker.test_client() for worker in self.workers])

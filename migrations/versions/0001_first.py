@@ -9,12 +9,14 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     """Make every table."""
     op.create_table(
         "agents",
-        sa.Column("pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.Column("client_id", sa.String(length=26), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
@@ -33,9 +35,9 @@ def upgrade() -> None:
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=True),
         sa.Column("minute_began_at", sa.BigInteger(), nullable=True),
-        sa.Column("minute_count", sa.Integer(), nullable=False),
-        sa.Column("token_count", sa.Integer(), nullable=False),
-        sa.Column("refresh_count", sa.Integer(), nullable=False),
+        sa.Column("minute_count", number, nullable=False),
+        sa.Column("token_count", number, nullable=False),
+        sa.Column("refresh_count", number, nullable=False),
         sa.Column("last_activity_at", sa.BigInteger(), nullable=True),
         sa.Column("last_token_issued_at", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("pk", name=op.f("pk_agents")),
@@ -45,7 +47,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "events",
-        sa.Column("pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
         sa.Column("id", sa.String(length=26), nullable=False),
         sa.Column("type", sa.String(length=32), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -75,7 +77,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_revoked_tokens_expires_at"), "revoked_tokens", ["expires_at"])
     op.create_table(
         "signing_keys",
-        sa.Column("pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
         sa.Column("kid", sa.String(length=43), nullable=False),
         sa.Column("alg", sa.String(), nullable=False),
         sa.Column("jwk", sa.String(), nullable=False),
@@ -88,7 +90,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "webhooks",
-        sa.Column("pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
         sa.Column("id", sa.String(length=36), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("url", sa.String(), nullable=False),
@@ -108,9 +110,9 @@ def upgrade() -> None:
     )
     op.create_table(
         "client_secrets",
-        sa.Column("pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
         sa.Column("id", sa.String(length=36), nullable=False),
-        sa.Column("agent_pk", sa.Integer(), nullable=False),
+        sa.Column("agent_pk", number, nullable=False),
         sa.Column("hint", sa.String(length=8), nullable=False),
         sa.Column("hash", sa.LargeBinary(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -126,9 +128,9 @@ def upgrade() -> None:
     op.create_index(op.f("ix_client_secrets_expires_at"), "client_secrets", ["expires_at"])
     op.create_table(
         "deliveries",
-        sa.Column("pk", sa.Integer(), nullable=False),
-        sa.Column("webhook_pk", sa.Integer(), nullable=False),
-        sa.Column("event_pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
+        sa.Column("webhook_pk", number, nullable=False),
+        sa.Column("event_pk", number, nullable=False),
         sa.Column("status", sa.String(length=10), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -155,7 +157,7 @@ def upgrade() -> None:
     op.create_table(
         "refresh_families",
         sa.Column("id", sa.String(length=22), nullable=False),
-        sa.Column("agent_pk", sa.Integer(), nullable=False),
+        sa.Column("agent_pk", number, nullable=False),
         sa.Column("token_hash", sa.LargeBinary(), nullable=False),
         sa.Column("token_version", sa.Integer(), nullable=False),
         sa.Column("scopes", sa.Text(), nullable=False),
@@ -173,8 +175,8 @@ def upgrade() -> None:
     op.create_index(op.f("ix_refresh_families_expires_at"), "refresh_families", ["expires_at"])
     op.create_table(
         "rotations",
-        sa.Column("pk", sa.Integer(), nullable=False),
-        sa.Column("agent_pk", sa.Integer(), nullable=False),
+        sa.Column("pk", number, nullable=False),
+        sa.Column("agent_pk", number, nullable=False),
         sa.Column("rotated_at", sa.BigInteger(), nullable=False),
         sa.Column("rotated_by", sa.String(), nullable=False),
         sa.CheckConstraint("rotated_by IN ('self', 'admin')", name=op.f("ck_rotations_rotated_by")),
@@ -186,7 +188,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_rotations_agent_pk"), "rotations", ["agent_pk"])
     op.create_table(
         "spent_assertions",
-        sa.Column("agent_pk", sa.Integer(), nullable=False),
+        sa.Column("agent_pk", number, nullable=False),
         sa.Column("jti_hash", sa.LargeBinary(), nullable=False),
         sa.Column("expires_at", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -198,10 +200,10 @@ def upgrade() -> None:
     op.create_index(op.f("ix_spent_assertions_expires_at"), "spent_assertions", ["expires_at"])
     op.create_table(
         "usage_days",
-        sa.Column("agent_pk", sa.Integer(), nullable=False),
+        sa.Column("agent_pk", number, nullable=False),
         sa.Column("day", sa.Date(), nullable=False),
-        sa.Column("tokens_issued", sa.Integer(), nullable=False),
-        sa.Column("tokens_refreshed", sa.Integer(), nullable=False),
+        sa.Column("tokens_issued", number, nullable=False),
+        sa.Column("tokens_refreshed", number, nullable=False),
         sa.ForeignKeyConstraint(
             ["agent_pk"], ["agents.pk"], name=op.f("fk_usage_days_agent_pk_agents"), ondelete="CASCADE"
         ),

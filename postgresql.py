@@ -1,0 +1,201 @@
+"""PostgreSQL's ways: several hosts on one database, kept in step by its advisory locks."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from flask import Flask
+
+import waiting
+from config import SettingError, Settings
+
+LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
+SHORT_TIMEOUT = 250  # the same for one that can as well come later
+CONNECT_TIMEOUT = 5  # seconds
+
+# Advisory locks are numbers that a database's clients agree on: these have the same first half.
+_OURS = 0x4C616E79  # "Lany"
+_WRITE, _ALONE, _DELIVER = 1, 2, 3
+
+# What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
+# a database that only reads just now (a standby, after a failover).
+_PASSING = {"55P03", "40P01", "40001", "25006"}
+_SERVER = "lanyard"
+
+
+def url(settings: Settings) -> sa.URL:
+    """The database's address, as SQLAlchemy takes it."""
+    return sa.make_url(settings.database_url)
+
+
+def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
+    """The same for the engine's options."""
+    return {
+        "connect_args": {
+            "connect_timeout": CONNECT_TIMEOUT,
+            # How others see that a server runs: a command has another name.
+            "application_name": _SERVER if serving else f"{_SERVER} command",
+            # A server that is gone without a word is noticed within 30 seconds.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 4,
+            "tcp_user_timeout": 30_000,
+        }
+    }
+
+
+def listen(engine: sa.Engine) -> None:
+    """Have the engine open connections, and begin transactions, our way."""
+    sa.event.listen(engine, "connect", _on_connect)
+    sa.event.listen(engine, "checkout", _on_checkout)
+
+
+def open_database(settings: Settings) -> None:
+    """Nothing: whoever runs the PostgreSQL has made it."""
+
+
+def make_ready(driver: Any) -> None:
+    """A connection for `prepared`: it begins nothing by itself."""
+    driver.autocommit = True
+
+
+def is_gone(driver: Any) -> bool:
+    """Whether the server has closed the connection since it was last used, as a restarted one has."""
+    if driver.closed:
+        return True
+    # Nothing was asked: whatever there is to read is a good-bye.
+    poll = select.poll()
+    poll.register(driver.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def begin_reading(connection: sa.Connection) -> None:
+    """Nothing: the driver begins at the first statement."""
+
+
+def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: bool, alone: bool) -> None:
+    """Begin, with the write lock; see `database.writing`.
+
+    :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
+    """
+    waiting.step_aside()  # every statement from here on is a wait for another machine
+    statements = ["BEGIN"] if driver.autocommit else []
+    if not durable:
+        statements.append("SET LOCAL synchronous_commit = off")
+    if not patient:
+        statements.append(f"SET LOCAL lock_timeout = {SHORT_TIMEOUT}")
+    # Locks are freed after what was committed can be seen, and statements see what is committed when
+    # they start (READ COMMITTED): whoever has the lock reads what all before it wrote.
+    shared = "" if alone else "_shared"
+    statements.append(f"SELECT pg_advisory_xact_lock{shared}({_OURS}, {_WRITE})")
+    driver.execute("; ".join(statements))
+
+
+def may_pass(error: Any) -> bool:
+    """Whether the driver's error is of the kind that ends by itself or by the operator's hand."""
+    state = getattr(error, "sqlstate", None)
+    if state is None:
+        # Without an answer of the server's there is no server: it is down, or was.
+        return type(error).__name__ in ("OperationalError", "ConnectionTimeout")
+    # 08: connection; 53: disk, memory or connections used up; 57: shutting down, or starting; 58: its disk.
+    return state in _PASSING or state[:2] in ("08", "53", "57", "58")
+
+
+def sizes(settings: Settings, session: Any) -> dict[str, int]:
+    """Bytes of the database's parts."""
+    return {"main": int(session.scalar(sa.select(sa.func.pg_database_size(sa.func.current_database()))))}
+
+
+def mark_serving(app: Flask, settings: Settings) -> None:
+    """Nothing: the name of its connections does."""
+    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextmanager
+def nobody_serving(settings: Settings) -> Iterator[None]:
+    """Keep servers from starting on the database.
+
+    :raises BlockingIOError: when one runs.
+    """
+    with alone(settings):
+        if is_serving(settings):
+            raise BlockingIOError
+        yield
+
+
+def is_serving(settings: Settings) -> bool:
+    """Whether a server uses the database; its workers always have connections."""
+    activity = sa.table("pg_stat_activity", sa.column("datname"), sa.column("application_name"))
+    servers = sa.select(sa.func.count()).where(
+        activity.c.datname == sa.func.current_database(), activity.c.application_name == _SERVER
+    )
+    with session(settings) as connection:
+        return bool(connection.scalar(servers))
+
+
+@contextmanager
+def alone(settings: Settings) -> Iterator[None]:
+    """Hold a lock of the database's, so that servers starting together take turns.
+
+    :raises SettingError: when the database cannot keep every text.
+    """
+    with session(settings) as connection:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+        if encoding != "UTF8":
+            raise SettingError(f"LANYARD_DATABASE_URL must name a database in UTF8, not {encoding}.")
+        connection.exec_driver_sql(f"SELECT pg_advisory_lock({_OURS}, {_ALONE})")
+        yield
+
+
+class Lease:
+    """The right to deliver webhooks: a lock that the server frees when the connection that took it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._connection: sa.Connection | None = None
+        self._is_mine = False
+
+    def take(self) -> bool:
+        """Whether it is this process's, now: of all processes of all hosts.
+
+        :raises sa.exc.DBAPIError: when the database cannot be asked.
+        """
+        statement = "SELECT 1" if self._is_mine else f"SELECT pg_try_advisory_lock({_OURS}, {_DELIVER})"
+        try:
+            if self._connection is None:
+                self._connection = session(self._settings, serving=True)
+            self._is_mine = bool(self._connection.exec_driver_sql(statement).scalar())
+        except sa.exc.DBAPIError:
+            self.close()
+            raise
+        return self._is_mine
+
+    def close(self) -> None:
+        """Let another process have it."""
+        connection, self._connection, self._is_mine = self._connection, None, False
+        if connection is not None:
+            connection.close()
+
+
+def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
+    """A connection of its own, whose locks and other doings end when it is closed."""
+    options = engine_options(settings, serving)
+    engine = sa.create_engine(url(settings), poolclass=sa.NullPool, hide_parameters=True, **options)
+    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _on_connect(driver: Any, record: Any) -> None:
+    # Whatever the database's own defaults are: begin_writing relies on the latter.
+    driver.execute(f"SET lock_timeout = {LOCK_TIMEOUT}")
+    driver.execute("SET default_transaction_isolation = 'read committed'")
+    driver.commit()
+
+
+def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:
+    waiting.step_aside()
+    if is_gone(driver):
+        raise sa.exc.DisconnectionError  # the pool opens another
