@@ -38,10 +38,11 @@ from werkzeug.test import TestResponse
 import crate
 import database
 import transfer
+import upgrade
 from app import create_app
 from deliverer import Deliverer
 from main import lanyard
-from models import Agent, Base, db
+from models import Agent, Base, Delivery, db
 
 KEY = Fernet.generate_key().decode()
 
@@ -402,3 +403,18 @@ def test_a_nul_goes_only_where_it_can_be_kept(exported: Path, nul: bool) -> None
         else:
             with pytest.raises(crate.CrateError, match=r"Line 2 .*: agents.name holds a NUL"):
                 list(unpacked.rows())
+
+
+@pytest.mark.parametrize("column", ["response_body", "error"])
+def test_a_nul_of_a_receivers_keeps_no_instance_from_moving(column: str) -> None:
+    read = crate._reader(Delivery.__table__.c[column], nul=False)
+    assert read("a\0b") == "a\ufffdb"
+
+
+def test_an_older_schema_is_upgraded_where_it_is(
+    exported: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upgrade, "_revisions", lambda: ["0001", "0002"])
+    told = run(there, "import", exported).stderr
+    assert "with schema 0001, and this Lanyard" in told
+    assert "upgrade the instance that it is of" in told
