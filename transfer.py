@@ -214,6 +214,8 @@ def _fill(file: Path, progress: Progress) -> None:
 @contextmanager
 def _opened(settings: Settings, file: Path) -> Iterator[Crate]:
     """The file to read; what is wrong with it is told with its name."""
+    if file.exists() and not file.is_file():
+        raise CrateError(f"{file} cannot be imported. It is no file, and must be read twice.")
     try:
         # PostgreSQL has no NUL in texts.
         with crate.unpacking(file, nul=settings.uses_sqlite) as unpacked:
@@ -226,12 +228,12 @@ def _opened(settings: Settings, file: Path) -> Iterator[Crate]:
 
 
 def _check_header(header: Header) -> None:
-    revisions = upgrade._revisions()
-    if header.schema != revisions[-1]:
-        older = header.schema in revisions
+    known = upgrade.revisions()
+    if header.schema != known[-1]:
+        older = header.schema in known
         raise CrateError(
             f"It is of Lanyard {header.lanyard} with schema {header.schema}, and this Lanyard {VERSION} has"
-            f" schema {revisions[-1]}: "
+            f" schema {known[-1]}: "
             + (
                 "upgrade the instance that it is of, and export that anew."
                 if older

@@ -414,7 +414,7 @@ def test_a_nul_of_a_receivers_keeps_no_instance_from_moving(column: str) -> None
 def test_an_older_schema_is_upgraded_where_it_is(
     exported: Path, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upgrade, "_revisions", lambda: ["0001", "0002"])
+    monkeypatch.setattr(upgrade, "revisions", lambda: ["0001", "0002"])
     told = run(there, "import", exported).stderr
     assert "with schema 0001, and this Lanyard" in told
     assert "upgrade the instance that it is of" in told
