@@ -31,13 +31,13 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
 
     :raises BackupError: when there is a file already, or the copy cannot be made or is no good.
     """
-    _refuse_own_files(settings, file)
-    if file.exists() and not overwrite:
-        raise BackupError(f"There is a {file} already: --force replaces it.")
-    with _draft_beside(file) as draft:
+    _refuse_postgresql(settings)
+    refuse_own_files(settings, file)
+    refuse_overwriting(file, overwrite)
+    with draft_beside(file) as draft:
         _copy(settings.database_file, draft, progress)
         check(draft, "The copy")
-        _put_in_place(draft, file)
+        put_in_place(draft, file)
 
 
 def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | None:
@@ -47,17 +47,18 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     :raises BackupError: when a server runs, or `file` is no good database of Lanyard's: nothing has
         changed then.
     """
+    _refuse_postgresql(settings)
     target = settings.database_file
-    _refuse_own_files(settings, file)
+    refuse_own_files(settings, file)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         # Held to the end: a server that starts meanwhile waits, and finds the restored database.
-        with nobody_serving(settings), _draft_beside(target) as draft:
+        with nobody_serving(settings), draft_beside(target) as draft:
             _copy(file, draft, progress)
             check(draft, str(file))
             give_to_owner_of(target if target.exists() else target.parent, draft)
             kept = _set_aside(target)
-            _put_in_place(draft, target)
+            put_in_place(draft, target)
             return kept
     except BlockingIOError:
         raise BackupError("A server runs on this instance: stop it first.") from None
@@ -99,20 +100,39 @@ def _lacking(columns: dict[str, set[str]]) -> str | None:
     return None
 
 
-def _refuse_own_files(settings: Settings, file: Path) -> None:
+def _refuse_postgresql(settings: Settings) -> None:
     if not settings.uses_sqlite:
         raise BackupError("The database is PostgreSQL's: pg_dump and pg_restore are for that.")
+
+
+def refuse_own_files(settings: Settings, file: Path) -> None:
+    """Refuse a name that a copy must not have.
+
+    :raises BackupError: when it is the database's own, or no file's.
+    """
     live = settings.database_file
     own = [live, *(Path(f"{live}{ending}") for ending in _COMPANIONS)]
-    if any(file.resolve() == path.resolve() for path in own):
+    if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in own):
         raise BackupError(f"{file} is the instance's own database.")
     if file.is_dir():
         raise BackupError(f"{file} is a folder: name a file.")
 
 
+def refuse_overwriting(file: Path, overwrite: bool) -> None:
+    """Refuse a name that is taken, unless it may be.
+
+    :raises BackupError: when it is.
+    """
+    if file.exists() and not overwrite:
+        raise BackupError(f"There is a {file} already: --force replaces it.")
+
+
 @contextmanager
-def _draft_beside(file: Path) -> Iterator[Path]:
-    """An empty file of mode 0600 to write to, gone at the end whatever happens."""
+def draft_beside(file: Path) -> Iterator[Path]:
+    """An empty file of mode 0600 to write to, gone at the end whatever happens.
+
+    :raises BackupError: when it cannot be made or written.
+    """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -147,7 +167,8 @@ def _copy(source: Path, draft: Path, progress: Progress) -> None:
         raise BackupError(f"{source} cannot be copied: {error}.") from None
 
 
-def _put_in_place(draft: Path, file: Path) -> None:
+def put_in_place(draft: Path, file: Path) -> None:
+    """Give the draft, which is whole, the name of the file, for good."""
     with open(draft, "rb") as written:
         os.fsync(written.fileno())
     os.replace(draft, file)

@@ -61,11 +61,14 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
         raise
 
 
-def init_database(app: Flask, settings: Settings, *, serving: bool, fill: Callable[[], None]) -> None:
+def init_database(
+    app: Flask, settings: Settings, *, serving: bool, fill: Callable[[], None], may_change: bool | None = None
+) -> None:
     """Bind the app to its database, and make its tables on the first start.
 
-    :param serving: whether the schema may be changed: a server starts.
+    :param serving: a server starts.
     :param fill: called once the tables are there, inside a write transaction.
+    :param may_change: whether the schema may be changed; unless it says, a server alone may.
     :raises SettingError: when the schema is not this code's and cannot be made so.
     """
     its = ways(settings)
@@ -84,7 +87,8 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, fill: Callab
         sa.event.listen(db.engine, "begin", _on_begin)
         with its.alone(settings):
             its.open_database(settings)
-            upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
+            may_change = serving if may_change is None else may_change
+            upgrade.bring_up_to_date(db.engine, settings, may_change=may_change)
             with writing():
                 fill()
         # gunicorn forks after this: no connection may cross the fork.

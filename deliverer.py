@@ -251,8 +251,8 @@ def _settle(parcel: Parcel, outcome: Outcome) -> None:
         if delivery is None or webhook is None:
             return  # deleted meanwhile
         delivery.last_attempt_at = now
-        delivery.response_status, delivery.response_body = outcome.status, outcome.body
-        delivery.error = outcome.error
+        delivery.response_status, delivery.response_body = outcome.status, _without_nul(outcome.body)
+        delivery.error = _without_nul(outcome.error)
         # A webhook that was given another address meanwhile has not failed there.
         if webhook.url == parcel.url:
             _judge(webhook, outcome, now)
@@ -260,6 +260,11 @@ def _settle(parcel: Parcel, outcome: Outcome) -> None:
         if delivery.next_attempt_at == parcel.due_at:
             delivery.attempts += 1
             _schedule(delivery, webhook, outcome, now)
+
+
+def _without_nul(text: str | None) -> str | None:
+    """What a receiver said, as every database can keep it: PostgreSQL has no NUL in texts."""
+    return text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _judge(webhook: Webhook, outcome: Outcome, now: datetime) -> None:

@@ -22,12 +22,12 @@ def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool)
     :param may_change: whether revisions may be run at all.
     :raises SettingError: when this code cannot use the database, which is then as it was.
     """
-    revisions = _revisions()
-    newest = revisions[-1]
+    known = revisions()
+    newest = known[-1]
     stored = _stored(engine, settings.database_name)
     if stored == newest:
         return
-    _refuse_foreign(settings.database_name, stored, revisions)
+    _refuse_foreign(settings.database_name, stored, known)
     if not may_change:
         raise SettingError(
             f"The database {settings.database_name} has schema {stored or 'none'} and this Lanyard needs"
@@ -36,7 +36,8 @@ def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool)
     _change(settings, stored, newest)
 
 
-def _revisions() -> list[str]:
+def revisions() -> list[str]:
+    """Every schema that there was, oldest first; the last is this code's."""
     # Numbered, so that the newest is known without Alembic.
     return sorted(path.name.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*_*.py"))
 
@@ -57,10 +58,10 @@ def _stored(engine: sa.Engine, database: str) -> str | None:
     )
 
 
-def _refuse_foreign(database: str, stored: str | None, revisions: list[str]) -> None:
-    if stored is not None and stored not in revisions:
+def _refuse_foreign(database: str, stored: str | None, known: list[str]) -> None:
+    if stored is not None and stored not in known:
         raise SettingError(
-            f"The database {database} has schema {stored}, which is newer than schema {revisions[-1]} of this"
+            f"The database {database} has schema {stored}, which is newer than schema {known[-1]} of this"
             f" Lanyard {VERSION}: start the newer Lanyard, or put back a backup."
         )
 

@@ -1,4 +1,4 @@
-"""The operator's commands that look after the instance: admin token, backup, restore, purge, doctor."""
+"""The operator's commands that look after the instance: admin token, backup, export, purge, doctor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import access
 import backup
 import config
 import console
+import database
 import doctor
 import housekeeping
+import transfer
 from config import Settings
 from console import Room, as_json
+from crate import CrateError
 
 admin_token = Room("admin-token", help="The operator's token.")
 
@@ -56,7 +59,7 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
 
     Neither the admin token nor LANYARD_SECRET_KEY is in it: keep them elsewhere.
     """
-    with _faults(), _page_bar("Copying") as tell:
+    with _faults(), _bar("Copying") as tell:
         backup.back_up(_settings(), file, overwrite=force, progress=tell)
     size = file.stat().st_size
     if as_json:
@@ -70,7 +73,7 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
 @as_json
 def restore(file: Path, as_json: bool) -> None:
     """Put the database in FILE, a backup, in the place of the instance's; stop the server first."""
-    with _faults(), _page_bar("Copying") as tell:
+    with _faults(), _bar("Copying") as tell:
         kept = backup.restore(_settings(), file, progress=tell)
     if as_json:
         console.show_json({"replaced": str(kept) if kept else None})
@@ -78,6 +81,46 @@ def restore(file: Path, as_json: bool) -> None:
     console.note(f"Restored {file}.")
     if kept:
         console.note(f"The database that was there is kept as {kept}.")
+
+
+@click.command("export")
+@file_argument
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@as_json
+@with_appcontext
+def export(file: Path, force: bool, as_json: bool) -> None:
+    """Write all that is in the database into FILE, for `import` into another of any kind.
+
+    FILE is JSON lines, squeezed if its name ends in .gz. Private keys are in it: it is as secret as the
+    database.
+    """
+    if database.ways(config.settings()).is_serving(config.settings()):
+        console.note("A server runs: what happens from now on is not in FILE. To move, stop it first.")
+    with _faults(), _bar("Exporting") as tell:
+        header = transfer.export(file, overwrite=force, progress=tell)
+    if as_json:
+        console.show_json({"file": str(file.absolute()), "bytes": file.stat().st_size, "rows": header.rows})
+    else:
+        console.note(f"{sum(header.rows.values())} rows are in {file}, which is as secret as the database.")
+
+
+@click.command("import")
+@file_argument
+@as_json
+def bring_in(file: Path, as_json: bool) -> None:
+    """Fill a new database with what is in FILE, an export; no server may run on it."""
+    settings = _settings()
+    with _faults(), _bar("Importing") as tell:
+        header = transfer.bring_in(settings, file, progress=tell)
+    if as_json:
+        console.show_json({"file": str(file.absolute()), "rows": header.rows})
+        return
+    console.note(f"Imported {sum(header.rows.values())} rows, of {header.exported_at}.")
+    console.note(
+        "What is in no database must be carried over too: the admin token"
+        f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if there is one,"
+        f" LANYARD_ISSUER (here {settings.issuer}) and LANYARD_AUDIENCE."
+    )
 
 
 @click.command("purge")
@@ -119,7 +162,7 @@ def examine(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, examine)
+COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, export, bring_in, purge, examine)
 
 
 def _settings() -> Settings:
@@ -131,14 +174,14 @@ def _settings() -> Settings:
 def _faults() -> Iterator[None]:
     try:
         yield
-    except backup.BackupError as error:
+    except (backup.BackupError, CrateError) as error:
         raise click.ClickException(str(error)) from None
     except (OSError, sqlite3.OperationalError) as error:
         raise click.ClickException(f"{error}.") from None
 
 
 @contextmanager
-def _page_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with console.progress(label) as bar:
 
         def tell(done: int, total: int) -> None:

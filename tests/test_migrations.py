@@ -121,7 +121,7 @@ def test_the_revisions_are_numbered_in_the_order_they_run() -> None:
     config.set_main_option("script_location", str(SHIPPED))
     revisions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
     assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
-    assert upgrade._revisions() == revisions[::-1]
+    assert upgrade.revisions() == revisions[::-1]
 
 
 def folder_of_revisions(folder: Path, body: str) -> Path:
@@ -225,7 +225,7 @@ def test_the_database_as_it_was_is_kept_beside_it(
 def test_without_a_copy_there_is_no_upgrade(old: Path, next_release: Callable[[str], Path]) -> None:
     before = dump(old)
     next_release(GOOD)
-    copy = old.with_name(f"lanyard.db.before-{upgrade._revisions()[-1]}")
+    copy = old.with_name(f"lanyard.db.before-{upgrade.revisions()[-1]}")
     copy.mkdir()
     with pytest.raises(SettingError, match="is as it was"):
         start(old)
@@ -297,13 +297,13 @@ def test_a_newer_database_is_refused_and_left_alone(
     old: Path, next_release: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     next_release(GOOD)
-    newer = upgrade._revisions()[-1]
+    newer = upgrade.revisions()[-1]
     start(old)
     before = dump(old)
     monkeypatch.setattr(upgrade, "FOLDER", SHIPPED)
     with pytest.raises(SettingError) as refused:
         start(old)
-    assert {newer, upgrade._revisions()[-1]} <= set(re.findall(r"\b\d{4}\b", refused.value.message))
+    assert {newer, upgrade.revisions()[-1]} <= set(re.findall(r"\b\d{4}\b", refused.value.message))
     assert dump(old) == before
 
 

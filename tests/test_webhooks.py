@@ -216,6 +216,14 @@ def test_a_2xx_is_success(app: Flask, client: FlaskClient) -> None:
     assert settle(app, 200) == 0
 
 
+def test_whatever_a_receiver_says_is_written_down(app: Flask, client: FlaskClient) -> None:
+    hook = create(client, events=["agent.created"])
+    Operator(app).create()
+    assert settle(app, 500, body="a\0b", error="BadStatusLine: \0") == 1
+    (delivery,) = deliveries(client, hook)
+    assert (delivery["response_body"], delivery["error"]) == ("a\ufffdb", "BadStatusLine: \ufffd")
+
+
 def test_failures_are_retried_on_the_schedule_and_then_given_up(
     app: Flask, client: FlaskClient, time_machine: Clock
 ) -> None:
