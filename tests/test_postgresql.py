@@ -1,0 +1,262 @@
+"""What only PostgreSQL does: several hosts on one database, and a server that comes and goes."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import on_postgresql
+import pytest
+import requests
+import sqlalchemy as sa
+from conftest import (
+    ADMIN_TOKEN,
+    OPERATOR,
+    Clock,
+    Operator,
+    Server,
+    ask_token,
+    copy_instance,
+    engine_of,
+    settings_for,
+)
+from flask import Flask
+from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
+from test_serving import token_body
+
+import prepared
+import throttle
+from app import create_app
+from config import SettingError
+from database import writing
+from models import FailedSignIns, db
+
+pytestmark = pytest.mark.skipif(not on_postgresql.is_used(), reason="needs PostgreSQL: make test-postgresql")
+
+ISSUER = "https://id.example.com"
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, first_start: Path) -> Iterator[list[Server]]:
+    """Two hosts on one database, each with an instance folder of its own."""
+    shared = tmp_path / "database"
+    copy_instance(first_start, shared)
+    started = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        variables = {"ADMIN_TOKEN": ADMIN_TOKEN, "BCRYPT_COST": "4", "WEBHOOK_ALLOW_PRIVATE": "1"}
+        variables |= {"DATABASE_URL": on_postgresql.url_of(shared), "ISSUER": ISSUER}
+        started.append(Server(tmp_path / name, **variables))
+    yield [server.wait() for server in started]
+    for server in started:
+        server.stop()
+
+
+def call(server: Server, method: str, path: str, **kwargs: Any) -> requests.Response:
+    """The operator's call."""
+    return requests.request(method, f"{server.url}{path}", headers=OPERATOR, **kwargs)
+
+
+def register(server: Server) -> dict[str, Any]:
+    answer = call(server, "POST", "/api/agents", json={"name": "an agent", "scopes": ["read"]})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+def ask(server: Server, path: str, **fields: str) -> requests.Response:
+    return requests.post(f"{server.url}/oauth/{path}", json=fields)
+
+
+def end_connections(folder: Path, name: str = "lanyard server%") -> int:
+    """What a restart of PostgreSQL does to those who use the database."""
+    ending = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE :name"
+    )
+    with engine_of(folder).connect() as connection:
+        return int(connection.execute(sa.text(ending), {"name": name}).scalar_one())
+
+
+def test_hosts_are_one_server(hosts: list[Server]) -> None:
+    one, other = hosts
+    agent = register(one)
+    token = ask(other, "token", **token_body(agent)).json()
+    me = {"Authorization": f"Bearer {token['access_token']}"}
+    assert requests.get(f"{one.url}/api/agents/me", headers=me).status_code == 200
+    keys = [requests.get(f"{host.url}/.well-known/jwks.json").json() for host in hosts]
+    assert keys[0] == keys[1]
+    refreshed = ask(one, "refresh", refresh_token=token["refresh_token"])
+    assert refreshed.status_code == 200
+    assert ask(other, "refresh", refresh_token=token["refresh_token"]).json()["error"] == "invalid_grant"
+    assert ask(one, "refresh", refresh_token=refreshed.json()["refresh_token"]).status_code == 400, "a reuse"
+
+
+def test_a_kill_switch_works_on_every_host_at_once(hosts: list[Server]) -> None:
+    one, other = hosts
+    agent = register(one)
+    tokens = [ask(host, "token", **token_body(agent)).json() for host in hosts]
+    assert call(one, "POST", f"/api/agents/{agent['agent']['id']}/deactivate").status_code == 200
+    assert ask(other, "token", **token_body(agent)).status_code == 401
+    for token in tokens:
+        me = {"Authorization": f"Bearer {token['access_token']}"}
+        assert requests.get(f"{other.url}/api/agents/me", headers=me).status_code == 401
+        assert ask(other, "refresh", refresh_token=token["refresh_token"]).status_code == 400
+
+
+def test_a_refresh_token_shown_to_both_hosts_at_once_works_once(hosts: list[Server]) -> None:
+    agent = register(hosts[0])
+    for _ in range(20):
+        old = ask(hosts[0], "token", **token_body(agent)).json()["refresh_token"]
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(ask, host, "refresh", refresh_token=old) for host in hosts * 2]
+            answers = [one.result() for one in running]
+        assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400]
+
+
+def test_no_token_of_an_agent_goes_uncounted(hosts: list[Server]) -> None:
+    agent = register(hosts[0])
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda host: ask(host, "token", **token_body(agent)), hosts * 50))
+    assert {answer.status_code for answer in answers} == {200}
+    shown = call(hosts[1], "GET", f"/api/agents/{agent['agent']['id']}").json()["agent"]
+    assert shown["token_count"] == 100
+
+
+def test_webhooks_are_delivered_once_among_hosts(
+    hosts: list[Server],
+    receive: Callable[..., Receiver],  # noqa: F811
+) -> None:
+    receiver = receive()
+    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
+    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    for _ in range(30):
+        for host in hosts:
+            register(host)
+    receiver.wait_for(lambda: len(set(receiver.ids())) == 60)
+    time.sleep(1)
+    assert set(Counter(receiver.ids()).values()) == {1}
+
+
+def test_when_a_host_dies_another_delivers(
+    hosts: list[Server],
+    receive: Callable[..., Receiver],  # noqa: F811
+) -> None:
+    receiver = receive()
+    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
+    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    register(hosts[0])
+    receiver.wait_for(lambda: len(receiver.ids()) == 1)
+    for process in [hosts[0].process.pid, *hosts[0].workers()]:
+        subprocess.run(["kill", "-9", str(process)], check=True)
+    register(hosts[1])
+    receiver.wait_for(lambda: len(receiver.ids()) == 2)
+
+
+def test_after_a_restart_of_postgresql_no_request_fails(
+    hosts: list[Server],
+    tmp_path: Path,
+    receive: Callable[..., Receiver],  # noqa: F811
+) -> None:
+    receiver = receive()
+    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
+    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    agent = register(hosts[0])
+    for _ in range(3):
+        for _ in range(4):
+            answers = [ask(host, "token", **token_body(agent)) for host in hosts]
+            answers += [call(host, "GET", "/api/agents") for host in hosts]
+            assert {answer.status_code for answer in answers} == {200}
+        assert end_connections(tmp_path / "database") >= 4
+    register(hosts[1])
+    receiver.wait_for(lambda: len(set(receiver.ids())) == 2, seconds=40)
+
+
+def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operator: Operator) -> None:
+    agent = operator.create()
+    with app.app_context(), prepared.writing(durable=False):
+        assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
+        waiting = threading.Thread(target=operator.create)
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
+def run_beside(work: Callable[[], Any]) -> Any:
+    """What it returns in another thread, whose connection is another."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result(5)
+
+
+@pytest.mark.parametrize(("durable", "level"), [(True, "on"), (False, "off")])
+def test_durability_is_chosen_for_each_transaction(app: Flask, durable: bool, level: str) -> None:
+    with app.app_context():
+        with writing(durable=durable) as connection:
+            assert connection.scalar(sa.text("SHOW synchronous_commit")) == level
+        with prepared.writing(durable=durable) as link:
+            assert link.driver.execute("SHOW synchronous_commit").fetchone() == (level,)
+        assert db.session.scalar(sa.text("SHOW synchronous_commit")) == "on"
+
+
+def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machine: Clock) -> None:
+    def fail(_: int) -> None:
+        with app.test_request_context(environ_base={"REMOTE_ADDR": "192.0.2.1"}):
+            throttle.Guess("secret", known=True).failed()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fail, range(40)))
+    with app.app_context():
+        (row,) = db.session.scalars(sa.select(FailedSignIns))
+        assert (row.clear_at - time_machine.now()).total_seconds() == 40 * throttle.SECRET.seconds
+
+
+def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
+    make_app()
+    with engine_of(tmp_path / "instance").begin() as connection:
+        name = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+        connection.exec_driver_sql(
+            f'ALTER DATABASE "{name}" SET default_transaction_isolation = "serializable"'
+        )
+    app = make_app()
+    with app.app_context(), writing() as connection:
+        assert connection.scalar(sa.text("SHOW transaction_isolation")) == "read committed"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda url: url.replace("?", "_gone?"), "does not exist"),
+        (lambda url: url.replace("lanyard@", "nobody@"), 'role "nobody" does not exist'),
+        (lambda url: url.partition("?")[0] + "?host=/nowhere", "No such file or directory"),
+    ],
+    ids=["database", "user", "server"],
+)
+def test_a_database_that_cannot_be_had_is_one_sentence_without_the_password(
+    tmp_path: Path, change: Callable[[str], str], told: str
+) -> None:
+    url = change(on_postgresql.url_of(tmp_path)).replace("@/", ":hunter2@/")
+    with pytest.raises(SettingError) as refused:
+        create_app(settings_for(tmp_path, DATABASE_URL=url), serving=True)
+    assert told in refused.value.message
+    assert "hunter2" not in refused.value.message
+
+
+def test_a_database_that_cannot_keep_every_text_is_refused(tmp_path: Path) -> None:
+    url = on_postgresql.url_of(tmp_path)
+    name = sa.make_url(url).database
+    on_postgresql.drop(tmp_path)
+    on_postgresql._server().execute(  # type: ignore[call-overload]
+        f"CREATE DATABASE \"{name}\" ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+    )
+    with pytest.raises(SettingError, match="UTF8, not LATIN1"):
+        create_app(settings_for(tmp_path), serving=True)
+    on_postgresql.drop(tmp_path)
