@@ -13,6 +13,9 @@ import scenes
 from scenes import Scene, Stage
 from server import Server
 
+# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
+pytestmark = pytest.mark.no_cover
+
 CLIENTS = 4
 
 
