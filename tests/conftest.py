@@ -48,6 +48,11 @@ hypothesis_settings.register_profile("long", max_examples=1000, stateful_step_co
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: a third of the time goes by waiting for servers and locks."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 class Watch(logging.Handler):
     """Keeps what is logged in this process, and the secrets and tokens that its apps gave out."""
 

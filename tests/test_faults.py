@@ -13,7 +13,8 @@ import scenes
 from scenes import Scene, Stage
 from server import Server
 
-pytestmark = pytest.mark.sqlite
+# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
+pytestmark = [pytest.mark.sqlite, pytest.mark.no_cover]
 
 CLIENTS = 4
 

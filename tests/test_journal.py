@@ -281,8 +281,8 @@ def test_no_secret_of_a_whole_session_is_in_any_log(
     assert "was used twice" in log
     if variables:
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-        # The rest is what waited for the server to start.
-        assert session.count < len(lines) < session.count + 20
+        # All others waited for the server to start, as long as that took; one of the session asks there too.
+        assert len([line for line in lines if line["route"] != "/health"]) == session.count - 1
         assert {200, 201, 204, 400, 401, 403, 404, 414, 415} <= {line["status"] for line in lines}
     assert len(session.secrets) > 40
     for secret in session.secrets:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,12 +25,18 @@ from joserfc.jwk import ECKey
 
 from config import HERE
 
+# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
+pytestmark = pytest.mark.no_cover
+
 Serve = Callable[..., Server]
 
 
-@pytest.fixture
-def local(serve: Serve) -> Server:
-    return serve(LOCAL="1").wait()
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One in local mode for the file; each test has agents of its own."""
+    running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", BCRYPT_COST="4")
+    yield running.wait()
+    assert "Traceback" not in running.stop()
 
 
 def register(server: Server, **fields: Any) -> dict[str, Any]:
@@ -106,12 +112,13 @@ def test_the_walkthrough(local: Server) -> None:
     assert curl(me, *header)["error"] == "invalid_token"
 
 
-def test_local_mode_says_in_three_lines_where_it_is_who_may_and_what_to_try(local: Server) -> None:
-    lines = local.stop().splitlines()
+def test_local_mode_says_in_three_lines_where_it_is_who_may_and_what_to_try(serve: Serve) -> None:
+    server = serve(LOCAL="1").wait()
+    lines = server.stop().splitlines()
     assert len(lines) == 3
-    assert local.url in lines[0]
+    assert server.url in lines[0]
     assert "management API is open to this machine" in lines[1]
-    assert lines[2].startswith(f"Try: curl -X POST {local.url}/api/agents ")
+    assert lines[2].startswith(f"Try: curl -X POST {server.url}/api/agents ")
 
 
 def test_the_first_curl_it_suggests_works(local: Server) -> None:
@@ -375,11 +382,12 @@ def test_a_port_that_is_taken_stops_the_start_with_one_sentence(serve: Serve, lo
 
 
 @pytest.mark.sqlite
-def test_files_that_vanish_are_a_503_and_no_new_database(local: Server) -> None:
-    for path in local.instance.glob("lanyard.db*"):
+def test_files_that_vanish_are_a_503_and_no_new_database(serve: Serve) -> None:
+    server = serve(LOCAL="1").wait()
+    for path in server.instance.glob("lanyard.db*"):
         path.unlink()
-    assert {requests.get(f"{local.url}/api/agents").status_code for _ in range(12)} <= {200, 503}
-    assert not (local.instance / "lanyard.db").exists()
+    assert {requests.get(f"{server.url}/api/agents").status_code for _ in range(12)} <= {200, 503}
+    assert not (server.instance / "lanyard.db").exists()
 
 
 def test_many_connections_see_no_error(serve: Serve) -> None:
