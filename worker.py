@@ -134,6 +134,7 @@ class _Mine(threading.local):
     """What each thread knows of itself."""
 
     is_leading = False
+    patience = -1.0  # seconds to wait for the lead before looking up; for ever
 
 
 class Worker(ThreadWorker):
@@ -169,6 +170,8 @@ class Worker(ThreadWorker):
         self.poller.register(queue, selectors.EVENT_READ, self.method_queue.run_callbacks)
         for _ in range(self.cfg.threads - 1):
             threading.Thread(target=self._take_turns, daemon=True).start()
+        # Python runs signals' handlers in this thread alone, but the kernel may give one to another thread.
+        self._mine.patience = 1.0
         self._take_turns()
         self._take_lead()
         self.poller.unregister(queue)
@@ -206,7 +209,8 @@ class Worker(ThreadWorker):
                 return  # the new leader goes on
 
     def _take_lead(self) -> None:
-        self._lead.acquire()
+        while not self._lead.acquire(timeout=self._mine.patience):
+            pass
         self._mine.is_leading = True
         waiting.before_waiting(self._step_aside)
 

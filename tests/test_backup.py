@@ -21,7 +21,7 @@ from test_cli import lanyard
 from test_serving import register, token_body
 
 import backup
-import database
+import sqlite
 from main import lanyard as commands
 
 pytestmark = pytest.mark.sqlite
@@ -162,7 +162,7 @@ def test_a_backup_is_one_snapshot_however_much_is_written_meanwhile(
     file = tmp_path / "b.db"
     backup.back_up(settings_for(tmp_path / "instance"), file, overwrite=False, progress=write)
     assert steps == sorted(steps), "it never starts anew"
-    with closing(database.open_read_only(file)) as connection:
+    with closing(sqlite.open_read_only(file)) as connection:
         assert connection.execute("SELECT name FROM agents").fetchall() == [("before",)]
 
 
@@ -176,7 +176,7 @@ def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
     (kept,) = instance.glob("lanyard.db.replaced-*")
     assert str(kept) in result.stderr
     assert (mode(kept), mode(instance / "lanyard.db")) == (0o600, 0o600)
-    with closing(database.open_read_only(kept)) as connection:
+    with closing(sqlite.open_read_only(kept)) as connection:
         assert connection.execute("SELECT name FROM agents").fetchall() == [("newer",)]
 
 
@@ -203,7 +203,7 @@ def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server]
     server.process.kill()
     server.process.wait()
     for _ in range(100):  # until its worker has noticed
-        if not database.is_serving(server.instance / "lanyard.db"):
+        if not sqlite.is_serving(settings_for(server.instance)):
             break
         threading.Event().wait(0.1)
     result = run(server.instance, "restore", copy)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import signal
 import socket
 import struct
 import time
@@ -326,3 +328,14 @@ def test_a_worker_without_file_descriptors_goes_on_when_some_are_free_again(
     assert requests.get(f"{running.url}/health", timeout=5).status_code == 200
     assert Path(f"/proc/{worker}").exists()
     assert "No connection can be accepted" in running.stop()
+
+
+def test_a_worker_stops_whichever_of_its_threads_the_signal_reaches(serve: Callable[..., Server]) -> None:
+    running = serve(WORKERS="1", THREADS="4").wait()
+    (worker,) = running.workers()
+    threads = [int(path.name) for path in Path(f"/proc/{worker}/task").iterdir()]
+    ctypes.CDLL(None).tgkill(worker, max(threads), signal.SIGTERM)
+    until = time.monotonic() + 5  # gunicorn would wait for ten
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{worker}").exists()
