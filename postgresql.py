@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from config import SettingError, Settings
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
+FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
 _OURS = 0x4C616E79  # "Lany"
@@ -64,14 +66,16 @@ def make_ready(driver: Any) -> None:
     driver.autocommit = True
 
 
-def is_gone(driver: Any) -> bool:
-    """Whether the server has closed the connection since it was last used, as a restarted one has."""
+def is_good(driver: Any, info: dict[Any, Any]) -> bool:
+    """Before it is used: whether the server has not closed the connection since, as a restarted one has."""
+    if info["is_far"]:
+        waiting.step_aside()
     if driver.closed:
-        return True
+        return False
     # Nothing was asked: whatever there is to read is a good-bye.
     poll = select.poll()
     poll.register(driver.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
+    return not poll.poll(0)
 
 
 def begin_reading(connection: sa.Connection) -> None:
@@ -83,7 +87,6 @@ def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: 
 
     :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
     """
-    waiting.step_aside()  # every statement from here on is a wait for another machine
     statements = ["BEGIN"] if driver.autocommit else []
     if not durable:
         statements.append("SET LOCAL synchronous_commit = off")
@@ -91,9 +94,13 @@ def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: 
         statements.append(f"SET LOCAL lock_timeout = {SHORT_TIMEOUT}")
     # Locks are freed after what was committed can be seen, and statements see what is committed when
     # they start (READ COMMITTED): whoever has the lock reads what all before it wrote.
-    shared = "" if alone else "_shared"
-    statements.append(f"SELECT pg_advisory_xact_lock{shared}({_OURS}, {_WRITE})")
-    driver.execute("; ".join(statements))
+    lock = f"advisory_xact_lock{'' if alone else '_shared'}({_OURS}, {_WRITE})"
+    cursor = driver.execute("; ".join([*statements, f"SELECT pg_try_{lock}"]))
+    while cursor.nextset():
+        pass
+    if not cursor.fetchone()[0]:
+        waiting.step_aside()
+        driver.execute(f"SELECT pg_{lock}")
 
 
 def may_pass(error: Any) -> bool:
@@ -191,12 +198,18 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
 
 def _on_connect(driver: Any, record: Any) -> None:
     # Whatever the database's own defaults are: begin_writing relies on the latter.
-    driver.execute(f"SET lock_timeout = {LOCK_TIMEOUT}")
-    driver.execute("SET default_transaction_isolation = 'read committed'")
-    driver.commit()
+    took = []
+    for statement in (
+        f"SET lock_timeout = {LOCK_TIMEOUT}",
+        "SET default_transaction_isolation = 'read committed'",
+        "COMMIT",
+    ):
+        began = time.perf_counter()
+        driver.execute(statement)
+        took.append(time.perf_counter() - began)
+    record.info["is_far"] = min(took) > FAR
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:
-    waiting.step_aside()
-    if is_gone(driver):
+    if not is_good(driver, record.info):
         raise sa.exc.DisconnectionError  # the pool opens another

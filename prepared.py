@@ -118,12 +118,12 @@ class _Kept:
         self.link = Link(connection.dbapi_connection, db.engine.dialect)
         self.info = connection.info
         self.process = os.getpid()
-        self._is_gone = database.ways(settings()).is_gone
+        self._is_good = database.ways(settings()).is_good
         database.ways(settings()).make_ready(self.link.driver)
 
     def is_good(self) -> bool:
         """Whether it still leads somewhere, and was not inherited: a connection must not cross a fork."""
-        return self.process == os.getpid() and not self._is_gone(self.link.driver)
+        return self.process == os.getpid() and bool(self._is_good(self.link.driver, self.info))
 
     def __del__(self) -> None:
         if self.process == os.getpid():

@@ -72,9 +72,9 @@ def make_ready(driver: sqlite3.Connection) -> None:
     """Nothing: a connection begins nothing by itself."""
 
 
-def is_gone(driver: sqlite3.Connection) -> bool:
-    """Never: a file has no other end."""
-    return False
+def is_good(driver: sqlite3.Connection, info: dict[Any, Any]) -> bool:
+    """Always: a file has no other end."""
+    return True
 
 
 def begin_reading(connection: sa.Connection) -> None:
