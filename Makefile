@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run install test check bench soak
+.PHONY: help run install test test-postgresql coverage check bench soak
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
 run: .venv/installed ## start Lanyard for this machine: http://localhost:8080, no credentials to manage it
 	@LANYARD_LOCAL=1 exec $(BIN)/gunicorn wsgi:app
@@ -17,6 +17,12 @@ install: .venv/installed ## make .venv with what Lanyard needs
 
 test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
+
+test-postgresql: .venv/installed-dev tests/node/node_modules ## run them on a PostgreSQL that is started for them
+	@$(BIN)/python tests/on_postgresql.py
+
+coverage: .venv/installed-dev tests/node/node_modules ## run them and show which lines none of them reaches
+	@$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
 
 check: .venv/installed-dev ## lint, format, types, and known holes in the dependencies
 	$(BIN)/ruff check

@@ -80,6 +80,7 @@ class Deliverer:
         self._app = app
         with app.app_context():
             self._lease: sqlite.Lease | postgresql.Lease = ways(settings()).Lease(settings())
+        self._is_sure = True  # whose turn it is
         self._stopping = threading.Event()
         self._landed = threading.Event()
         self._flying: dict[int, Parcel] = {}
@@ -106,11 +107,14 @@ class Deliverer:
 
     def _has_lease(self) -> bool:
         try:
-            return self._lease.take()
+            has_it = self._lease.take()
         except Exception as error:
-            _complain("It cannot be told whose turn it is to deliver webhooks", error)
-            self._stopping.wait(REST)
+            if self._is_sure:  # told once, and tried again every second
+                _complain("It cannot be told whose turn it is to deliver webhooks", error)
+            self._is_sure = False
             return False
+        self._is_sure = True
+        return has_it
 
     def _deliver(self) -> None:
         with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="delivery") as pool:

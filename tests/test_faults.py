@@ -13,8 +13,7 @@ import scenes
 from scenes import Scene, Stage
 from server import Server
 
-# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
-pytestmark = [pytest.mark.sqlite, pytest.mark.no_cover]
+pytestmark = pytest.mark.sqlite
 
 CLIENTS = 4
 

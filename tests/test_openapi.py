@@ -148,12 +148,10 @@ def _failures(schema: Any) -> Iterator[str]:
     assert asked[429] == 0
 
 
-@pytest.mark.no_cover  # the server is a process of its own: only Schemathesis would be traced
 def test_the_operator_gets_what_the_document_says(server: Server) -> None:
     assert failures(server, lambda: OPERATOR, **{"include-tag": ["me"]}) == []
 
 
-@pytest.mark.no_cover  # the server is a process of its own: only Schemathesis would be traced
 def test_an_agent_gets_what_the_document_says(server: Server) -> None:
     def header() -> dict[str, str]:
         # A new one each time: some of what it may do is its end.

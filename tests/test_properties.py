@@ -1,6 +1,6 @@
 """Whatever happens to agents, secrets and tokens, in whatever order: two workers agree with the model of it.
 
-`HYPOTHESIS_PROFILE=long .venv/bin/pytest tests/test_properties.py -n 0 --no-cov` looks for more.
+`HYPOTHESIS_PROFILE=long .venv/bin/pytest tests/test_properties.py -n 0` looks for more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jwt
-import pytest
 from conftest import OPERATOR
 from expected import ACCESS_TTL, FAMILY_TTL, ISSUER, REFRESH_TTL, Agent, Family, Grant, Secret
 from hypothesis import strategies as st
@@ -402,6 +401,5 @@ class Life(World):
             housekeeping.sweep()
 
 
-@pytest.mark.no_cover  # it comes by no line that others do not, and takes twice as long when traced
 def test_whatever_happens_two_workers_agree_with_the_model(quick_start: Path) -> None:
     run_state_machine_as_test(lambda: Life(quick_start))

@@ -14,9 +14,6 @@ import pytest
 import requests
 from conftest import ADMIN_TOKEN, OPERATOR, Server
 
-# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
-pytestmark = pytest.mark.no_cover
-
 DELAYS = (0, 0, 0.002, 0.005)  # seconds that the first of a pair leaves later, one a try
 SCOPES = ("read", "write")
 

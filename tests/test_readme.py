@@ -8,19 +8,17 @@ import hmac
 import json
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
 import requests
-from conftest import Server
+from conftest import Server, engine_of
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA512, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -140,8 +138,8 @@ def bad(lanyard: Server, forge: Callable[..., str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def forge(lanyard: Server) -> Callable[..., str]:
     """Make a token that says whatever it is told to, signed as its header says; None leaves a field out."""
-    with closing(sqlite3.connect(lanyard.instance / "lanyard.db")) as database:
-        kid, jwk = database.execute("SELECT kid, jwk FROM signing_keys").fetchone()
+    with engine_of(lanyard.instance).connect() as connection:
+        kid, jwk = connection.exec_driver_sql("SELECT kid, jwk FROM signing_keys").one()
     ours: rsa.RSAPrivateKey = jwt.PyJWK.from_json(jwk, algorithm="RS256").key
     issuer = issuer_of(lanyard)
 

@@ -25,9 +25,6 @@ from joserfc.jwk import ECKey
 
 from config import HERE
 
-# What is asked here runs in processes of its own: tracing this one would slow down its clients alone.
-pytestmark = pytest.mark.no_cover
-
 Serve = Callable[..., Server]
 
 
