@@ -170,6 +170,8 @@ def _database_url(env: Mapping[str, str], instance: Path) -> str:
     url = _read(env, "DATABASE_URL")
     if not url:
         return f"sqlite:///{instance / 'lanyard.db'}"
+    # As others write it, too.
+    url = re.sub(r"^postgres(ql)?://", POSTGRESQL, url)
     if url.startswith(POSTGRESQL):
         return _postgresql_url(url)
     path = url.removeprefix("sqlite:///")

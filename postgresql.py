@@ -17,6 +17,7 @@ from config import SettingError, Settings
 
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
+IDLE_TIMEOUT = 10_000  # milliseconds after which the server ends the transaction of a host that stands still
 CONNECT_TIMEOUT = 5  # seconds
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
@@ -28,6 +29,12 @@ _WRITE, _ALONE, _DELIVER = 1, 2, 3
 # a database that only reads just now (a standby, after a failover).
 _PASSING = {"55P03", "40P01", "40001", "25006"}
 _SERVER = "lanyard server, "
+# Of a host that is gone without a word the server would keep locks for hours, which is its default.
+_ENDED_SOON = (
+    "SET tcp_keepalives_idle = 10",
+    "SET tcp_keepalives_interval = 5",
+    "SET tcp_keepalives_count = 3",
+)
 
 
 def url(settings: Settings) -> sa.URL:
@@ -176,6 +183,8 @@ class Lease:
         try:
             if self._connection is None:
                 self._connection = session(self._settings, serving=True)
+                for setting in _ENDED_SOON:
+                    self._connection.exec_driver_sql(setting)
             self._is_mine = bool(self._connection.exec_driver_sql(statement).scalar())
         except sa.exc.DBAPIError:
             self.close()
@@ -198,12 +207,15 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
 
 def _on_connect(driver: Any, record: Any) -> None:
     # Whatever the database's own defaults are: begin_writing relies on the latter.
-    took = []
-    for statement in (
+    statements = [
+        *_ENDED_SOON,
         f"SET lock_timeout = {LOCK_TIMEOUT}",
+        f"SET idle_in_transaction_session_timeout = {IDLE_TIMEOUT}",
         "SET default_transaction_isolation = 'read committed'",
         "COMMIT",
-    ):
+    ]
+    took = []
+    for statement in statements:
         began = time.perf_counter()
         driver.execute(statement)
         took.append(time.perf_counter() - began)

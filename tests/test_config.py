@@ -84,7 +84,9 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("WORKERS", "1.5"),
         ("THREADS", "0"),
         ("TRUSTED_PROXIES", "many"),
-        ("DATABASE_URL", "postgresql://localhost/lanyard"),
+        ("DATABASE_URL", "postgresql://localhost"),
+        ("DATABASE_URL", "postgresql+psycopg://localhost:5432x/lanyard"),
+        ("DATABASE_URL", "mysql://localhost/lanyard"),
         ("DATABASE_URL", "sqlite:///relative.db"),
         ("DATABASE_URL", "sqlite:///:memory:"),
         ("ACCESS_LOG", "/var/log/lanyard"),
@@ -108,6 +110,20 @@ def test_a_bad_value_is_one_sentence_that_names_the_variable(name: str, value: s
         read(**{name: value})
     assert f"LANYARD_{name} must" in str(caught.value)
     assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "postgresql", "postgres"])
+def test_postgresql_may_be_spelt_as_others_spell_it(scheme: str) -> None:
+    settings = read(DATABASE_URL=f"{scheme}://me:hunter2@db.example:5433/lanyard?sslmode=require")
+    assert settings.database_url.startswith("postgresql+psycopg://me:")
+    assert (settings.uses_sqlite, settings.database_name) == (False, "postgresql://db.example:5433/lanyard")
+    assert "hunter2" not in repr(settings)
+
+
+def test_without_its_driver_postgresql_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("config.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"requirements-postgresql\.txt"):
+        read(DATABASE_URL="postgresql://localhost/lanyard")
 
 
 def test_a_bad_admin_token_is_not_repeated() -> None:

@@ -30,6 +30,7 @@ from flask import Flask
 from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
+import postgresql
 import prepared
 import throttle
 from app import create_app
@@ -187,6 +188,17 @@ def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operato
         assert waiting.is_alive()
     waiting.join(5)
     assert not waiting.is_alive()
+
+
+def test_a_host_that_stands_still_in_a_transaction_holds_up_the_others_for_a_while_only(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "IDLE_TIMEOUT", 500)
+    app = make_app()
+    operator = Operator(app)
+    with app.app_context(), pytest.raises(sa.exc.DBAPIError), writing():
+        assert run_beside(operator.create)["client_id"]
+    assert operator.create()["client_id"]
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
