@@ -78,10 +78,19 @@ class Watch(logging.Handler):
         return [line for line in self.lines if any(part in line for part in leaked)]
 
 
+# What is asked in these has nothing to do with the database.
+NO_DATABASE = {
+    "test_config.py", "test_credentials.py", "test_deploy.py", "test_headers.py", "test_readme.py",
+    "test_reference.py", "test_wall.py", "test_worker.py",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On PostgreSQL, leave out what is about SQLite's file."""
+    """On PostgreSQL, leave out what is about SQLite's file, or about no database."""
     if on_postgresql.is_used():
-        left_out = [item for item in items if item.get_closest_marker("sqlite")]
+        left_out = [
+            item for item in items if item.get_closest_marker("sqlite") or item.path.name in NO_DATABASE
+        ]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 
