@@ -28,6 +28,7 @@ from models import Agent, Event, db
 from wire import Problem, parse_json
 
 FOLLOW_EVERY = 1.0  # seconds between looks for new events
+BEHIND = 1000  # numbers: on PostgreSQL an event that took its own first may be committed after others
 
 agent_room = Room("agents", help="Agents: list, show, create, rotate, switch off and on, delete.")
 webhook_room = Room("webhooks", help="Webhooks, and what became of their deliveries.")
@@ -286,11 +287,15 @@ def _tail(lines: int, follow: bool) -> None:
     seen = db.session.scalar(sa.select(sa.func.max(Event.pk))) or 0
     for event in reversed(db.session.scalars(newest).all()):
         click.echo(json.dumps(schema.dump(event)))
+    shown = set(db.session.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
     while follow and not _reader_leaves_within(FOLLOW_EVERY):
         db.session.rollback()
-        for event in db.session.scalars(sa.select(Event).where(Event.pk > seen).order_by(Event.pk)):
-            click.echo(json.dumps(schema.dump(event)))
-            seen = event.pk
+        shown = {pk for pk in shown if pk > seen - BEHIND}
+        for event in db.session.scalars(sa.select(Event).where(Event.pk > seen - BEHIND).order_by(Event.pk)):
+            if event.pk not in shown:
+                click.echo(json.dumps(schema.dump(event)))
+                shown.add(event.pk)
+        seen = max([seen, *shown])
 
 
 def _reader_leaves_within(seconds: float) -> bool:

@@ -25,6 +25,10 @@ def ways(settings: Settings) -> ModuleType:
     return sqlite if settings.uses_sqlite else postgresql
 
 
+def _ways_of(dialect: sa.Dialect) -> ModuleType:
+    return sqlite if dialect.name == "sqlite" else postgresql
+
+
 def newest_page(
     statement: sa.Select[Any], pk: InstrumentedAttribute[int], query: dict[str, Any]
 ) -> tuple[Sequence[Any], str | None]:
@@ -100,9 +104,8 @@ def begin_writing(dialect: sa.Dialect, driver: Any, info: dict[Any, Any], **opti
 
     :param info: the engine's notes on that connection.
     """
-    its = sqlite if dialect.name == "sqlite" else postgresql
     try:
-        its.begin_writing(driver, info, **options)
+        _ways_of(dialect).begin_writing(driver, info, **options)
     except dialect.loaded_dbapi.Error as error:
         raise wrap(error, dialect) from error
 
@@ -123,8 +126,7 @@ def _on_begin(connection: sa.Connection) -> None:
     # The drivers begin nothing by themselves, or nothing of note: the engine's transactions begin here.
     options = connection.get_execution_options().get("writing")
     if options is None:
-        its = sqlite if connection.dialect.name == "sqlite" else postgresql
-        its.begin_reading(connection)
+        _ways_of(connection.dialect).begin_reading(connection)
     else:
         driver = connection.connection.dbapi_connection
         begin_writing(connection.dialect, driver, connection.info, **options)

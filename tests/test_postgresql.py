@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
@@ -24,17 +25,19 @@ from conftest import (
     ask_token,
     copy_instance,
     engine_of,
+    environment_of,
     settings_for,
 )
 from flask import Flask
 from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
+import events
 import postgresql
 import prepared
 import throttle
 from app import create_app
-from config import SettingError
+from config import HERE, SettingError
 from database import writing
 from models import FailedSignIns, db
 
@@ -199,6 +202,23 @@ def test_a_host_that_stands_still_in_a_transaction_holds_up_the_others_for_a_whi
     with app.app_context(), pytest.raises(sa.exc.DBAPIError), writing():
         assert run_beside(operator.create)["client_id"]
     assert operator.create()["client_id"]
+
+
+def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
+    app: Flask, operator: Operator, tmp_path: Path
+) -> None:
+    command = [HERE / "lanyard", "events", "tail", "-n", "0"]
+    environment = environment_of(tmp_path / "instance")
+    agent = operator.create()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        time.sleep(2)
+        with app.app_context(), prepared.writing(durable=True) as link:
+            events.record("token.revoked", None, link)
+            assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
+            assert json.loads(process.stdout.readline())["type"] == "token.issued"
+        assert json.loads(process.stdout.readline())["type"] == "token.revoked"
+        process.terminate()
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
