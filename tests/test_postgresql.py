@@ -30,6 +30,7 @@ from flask import Flask
 from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
+import postgresql
 import prepared
 import throttle
 from app import create_app
@@ -187,6 +188,28 @@ def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operato
         assert waiting.is_alive()
     waiting.join(5)
     assert not waiting.is_alive()
+
+
+def test_after_a_lock_was_not_had_the_thread_goes_on(
+    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = operator.create()
+    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 200)
+    client = app.test_client()
+
+    def ask_twice() -> list[int]:
+        answers = [ask_token(client, agent).status_code]
+        done.set()
+        released.wait(5)
+        return [*answers, ask_token(client, agent).status_code]
+
+    done, released = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with app.app_context(), writing():
+            running = pool.submit(ask_twice)
+            assert done.wait(5)
+        released.set()
+        assert running.result(5) == [503, 200]
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
