@@ -35,7 +35,7 @@ import prepared
 import throttle
 from app import create_app
 from config import SettingError
-from database import writing
+from database import may_pass, writing
 from models import FailedSignIns, db
 
 pytestmark = pytest.mark.skipif(not on_postgresql.is_used(), reason="needs PostgreSQL: make test-postgresql")
@@ -210,6 +210,46 @@ def test_after_a_lock_was_not_had_the_thread_goes_on(
             assert done.wait(5)
         released.set()
         assert running.result(5) == [503, 200]
+
+
+def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
+    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = operator.create()
+    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 2000)
+    took = []
+    with app.app_context(), writing():
+        for _ in range(3):
+            began = time.monotonic()
+            assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 503
+            took.append(time.monotonic() - began)
+    assert took[0] > 1.9
+    assert max(took[1:]) < 1
+    assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda: prepared.writing(durable=True), lambda: writing()],
+    ids=["prepared", "session"],
+)
+def test_who_stands_still_in_the_middle_of_writing_loses_the_lock(
+    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch, begin: Callable[[], Any]
+) -> None:
+    monkeypatch.setattr(postgresql, "_IDLE_TIMEOUT", "idle_in_transaction_session_timeout = 300")
+
+    def stand_still() -> None:
+        with app.app_context(), begin():
+            time.sleep(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        standing = pool.submit(stand_still)
+        time.sleep(0.2)
+        operator.create()
+        assert not standing.done()
+        with pytest.raises(sa.exc.DBAPIError) as failed:
+            standing.result(5)
+    assert may_pass(failed.value)
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
