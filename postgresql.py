@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from config import SettingError, Settings
 
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
-IDLE_TIMEOUT = 10_000  # milliseconds after which the server ends the transaction of a host that stands still
 CONNECT_TIMEOUT = 5  # seconds
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
@@ -25,16 +25,23 @@ FAR = 0.0004  # seconds that the way to the server and back takes, from which on
 _OURS = 0x4C616E79  # "Lany"
 _WRITE, _ALONE, _DELIVER = 1, 2, 3
 
+_LOCKED = "55P03"
 # What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
-# a database that only reads just now (a standby, after a failover).
-_PASSING = {"55P03", "40P01", "40001", "25006"}
+# a database that only reads just now (a standby, after a failover), a client that was stopped meanwhile.
+_PASSING = {_LOCKED, "40P01", "40001", "25006", "25P03"}
 _SERVER = "lanyard server, "
-# Of a host that is gone without a word the server would keep locks for hours, which is its default.
-_ENDED_SOON = (
-    "SET tcp_keepalives_idle = 10",
-    "SET tcp_keepalives_interval = 5",
-    "SET tcp_keepalives_count = 3",
+
+# How soon the server gives up a client that is gone without a word, and frees its locks; else in two hours.
+_KEEPALIVES = (
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 4;"
+    " SET tcp_user_timeout = 30000"
 )
+# And one that stands still in the middle of writing; else never.
+_IDLE_TIMEOUT = "idle_in_transaction_session_timeout = 10000"
+
+# Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
+# waits long, or every thread would, and nobody's reads or health checks were answered.
+_is_stuck = threading.Event()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -71,6 +78,7 @@ def open_database(settings: Settings) -> None:
 def make_ready(driver: Any) -> None:
     """A connection for `prepared`: it begins nothing by itself."""
     driver.autocommit = True
+    driver.execute(f"SET {_IDLE_TIMEOUT}")
 
 
 def is_good(driver: Any, info: dict[Any, Any]) -> bool:
@@ -94,7 +102,19 @@ def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: 
 
     :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
     """
-    statements = ["BEGIN"] if driver.autocommit else []
+    patient = patient and not _is_stuck.is_set()
+    try:
+        _take_write_lock(driver, durable, patient, alone)
+    except Exception as error:
+        if patient and getattr(error, "sqlstate", None) == _LOCKED:
+            _is_stuck.set()
+        raise
+    _is_stuck.clear()
+
+
+def _take_write_lock(driver: Any, durable: bool, patient: bool, alone: bool) -> None:
+    # One that has begun is the session's, which may also read, as long as it likes.
+    statements = ["BEGIN"] if driver.autocommit else [f"SET LOCAL {_IDLE_TIMEOUT}"]
     if not durable:
         statements.append("SET LOCAL synchronous_commit = off")
     if not patient:
@@ -183,8 +203,6 @@ class Lease:
         try:
             if self._connection is None:
                 self._connection = session(self._settings, serving=True)
-                for setting in _ENDED_SOON:
-                    self._connection.exec_driver_sql(setting)
             self._is_mine = bool(self._connection.exec_driver_sql(statement).scalar())
         except sa.exc.DBAPIError:
             self.close()
@@ -202,20 +220,19 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     """A connection of its own, whose locks and other doings end when it is closed."""
     options = engine_options(settings, serving)
     engine = sa.create_engine(url(settings), poolclass=sa.NullPool, hide_parameters=True, **options)
-    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection.exec_driver_sql(_KEEPALIVES)
+    return connection
 
 
 def _on_connect(driver: Any, record: Any) -> None:
     # Whatever the database's own defaults are: begin_writing relies on the latter.
-    statements = [
-        *_ENDED_SOON,
-        f"SET lock_timeout = {LOCK_TIMEOUT}",
-        f"SET idle_in_transaction_session_timeout = {IDLE_TIMEOUT}",
+    took = []
+    for statement in (
+        f"{_KEEPALIVES}; SET lock_timeout = {LOCK_TIMEOUT}",
         "SET default_transaction_isolation = 'read committed'",
         "COMMIT",
-    ]
-    took = []
-    for statement in statements:
+    ):
         began = time.perf_counter()
         driver.execute(statement)
         took.append(time.perf_counter() - began)

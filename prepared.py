@@ -146,8 +146,11 @@ def writing(*, durable: bool) -> Iterator[Link]:
     """
     kept = _kept()
     link = kept.link
-    database.begin_writing(link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False)
     try:
+        # In here too: where the lock was not had, PostgreSQL's transaction has begun, and must end.
+        database.begin_writing(
+            link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False
+        )
         yield link
         _commit(link)
     except BaseException:
