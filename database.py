@@ -87,7 +87,7 @@ def init_database(
     }
     db.init_app(app)
     with app.app_context():
-        its.listen(db.engine)
+        its.listen(db.engine, serving)
         sa.event.listen(db.engine, "begin", _on_begin)
         with its.alone(settings):
             its.open_database(settings)

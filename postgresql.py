@@ -6,7 +6,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from config import SettingError, Settings
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
+PROMPT = 5  # milliseconds after which a thread that waits for an answer lets another one answer
+PATIENCE = 30_000  # milliseconds without a sign of the server's after which the connection is given up
+SHORT_PATIENCE = 1000  # the same from then on, until it gives one
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
@@ -30,6 +33,8 @@ _LOCKED = "55P03"
 # a database that only reads just now (a standby, after a failover), a client that was stopped meanwhile.
 _PASSING = {_LOCKED, "40P01", "40001", "25006", "25P03"}
 _SERVER = "lanyard server, "
+# What psycopg waits for, as poll says it.
+_EVENTS = {1: select.POLLIN, 2: select.POLLOUT, 3: select.POLLIN | select.POLLOUT}
 
 # How soon the server gives up a client that is gone without a word, and frees its locks; else in two hours.
 _KEEPALIVES = (
@@ -42,6 +47,8 @@ _IDLE_TIMEOUT = "idle_in_transaction_session_timeout = 10000"
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
 _is_stuck = threading.Event()
+# The same for a server that does not answer at all.
+_is_silent = threading.Event()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -65,10 +72,14 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
     }
 
 
-def listen(engine: sa.Engine) -> None:
+def listen(engine: sa.Engine, serving: bool) -> None:
     """Have the engine open connections, and begin transactions, our way."""
+    sa.event.listen(engine, "do_connect", lambda *_: waiting.step_aside())
     sa.event.listen(engine, "connect", _on_connect)
     sa.event.listen(engine, "checkout", _on_checkout)
+    if serving:
+        failure = engine.dialect.loaded_dbapi.OperationalError
+        sa.event.listen(engine, "connect", lambda driver, _: _wait_our_way(driver, failure))
 
 
 def open_database(settings: Settings) -> None:
@@ -122,12 +133,7 @@ def _take_write_lock(driver: Any, durable: bool, patient: bool, alone: bool) -> 
     # Locks are freed after what was committed can be seen, and statements see what is committed when
     # they start (READ COMMITTED): whoever has the lock reads what all before it wrote.
     lock = f"advisory_xact_lock{'' if alone else '_shared'}({_OURS}, {_WRITE})"
-    cursor = driver.execute("; ".join([*statements, f"SELECT pg_try_{lock}"]))
-    while cursor.nextset():
-        pass
-    if not cursor.fetchone()[0]:
-        waiting.step_aside()
-        driver.execute(f"SELECT pg_{lock}")
+    driver.execute("; ".join([*statements, f"SELECT pg_{lock}"]))
 
 
 def may_pass(error: Any) -> bool:
@@ -237,6 +243,34 @@ def _on_connect(driver: Any, record: Any) -> None:
         driver.execute(statement)
         took.append(time.perf_counter() - began)
     record.info["is_far"] = min(took) > FAR
+
+
+def _wait_our_way(driver: Any, failure: type[Exception]) -> None:
+    """Have the driver step aside when it waits, and not wait for ever: a server may hang, or a network."""
+
+    def wait(answering: Generator[int, int, Any], *args: Any, **kwargs: Any) -> Any:
+        # psycopg's protocol: it yields whether it waits to read (1) or write (2), and is sent which it can.
+        poll = select.poll()
+        try:
+            wanted = next(answering)
+            while True:
+                poll.register(driver.fileno(), _EVENTS[wanted])
+                found = poll.poll(PROMPT)
+                if not found:
+                    waiting.step_aside()
+                    patience = SHORT_PATIENCE if _is_silent.is_set() else PATIENCE
+                    found = poll.poll(patience)
+                if not found:
+                    _is_silent.set()
+                    driver.close()
+                    raise failure(f"PostgreSQL has not answered for {patience // 1000} seconds")
+                _is_silent.clear()
+                ready = found[0][1]
+                wanted = answering.send(bool(ready & ~select.POLLOUT) | bool(ready & select.POLLOUT) << 1)
+        except StopIteration as end:
+            return end.value
+
+    driver.wait = wait
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:

@@ -54,7 +54,7 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
     return {"connect_args": {"timeout": BUSY_TIMEOUT}, "paramstyle": "named"}
 
 
-def listen(engine: sa.Engine) -> None:
+def listen(engine: sa.Engine, serving: bool) -> None:
     """Have the engine open connections, and begin transactions, our way."""
     sa.event.listen(engine, "connect", _on_connect)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -270,6 +272,22 @@ def test_who_stands_still_in_the_middle_of_writing_loses_the_lock(
         with pytest.raises(sa.exc.DBAPIError) as failed:
             standing.result(5)
     assert may_pass(failed.value)
+
+
+def test_a_server_that_hangs_is_given_up(
+    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = operator.create()
+    monkeypatch.setattr(postgresql, "PATIENCE", 300)
+    with app.app_context():
+        hanging = prepared._kept().link.driver.info.backend_pid
+    os.kill(hanging, signal.SIGSTOP)
+    try:
+        refused = ask_token(app.test_client(), agent)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert ask_token(app.test_client(), agent).status_code == 200, "over another connection"
+    finally:
+        os.kill(hanging, signal.SIGCONT)
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
