@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -67,8 +68,10 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
 
 def listen(engine: sa.Engine) -> None:
     """Have the engine open connections, and begin transactions, our way."""
-    sa.event.listen(engine, "connect", _on_connect)
+    sa.event.listen(engine, "connect", partial(_on_connect, engine.dialect))
     sa.event.listen(engine, "checkout", _on_checkout)
+    # Else a server that goes away makes crashes of requests that have their answer, as the session ends.
+    engine.dialect.do_rollback = partial(_roll_back, engine.dialect)  # type: ignore[method-assign]
 
 
 def open_database(settings: Settings) -> None:
@@ -225,7 +228,25 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     return connection
 
 
-def _on_connect(driver: Any, record: Any) -> None:
+def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
+    try:
+        driver.rollback()
+    except dialect.loaded_dbapi.Error:
+        if not driver.closed:
+            raise
+        # The server has rolled back, and the pool opens another.
+
+
+def _on_connect(dialect: sa.Dialect, driver: Any, record: Any) -> None:
+    try:
+        record.info["is_far"] = min(_prepare(driver)) > FAR
+    except dialect.loaded_dbapi.Error as error:
+        base: Any = dialect.loaded_dbapi.Error
+        raise sa.exc.DBAPIError.instance(None, None, error, base, hide_parameters=True) from error
+
+
+def _prepare(driver: Any) -> list[float]:
+    """Set up a connection; returns the seconds that each step took."""
     # Whatever the database's own defaults are: begin_writing relies on the latter.
     took = []
     for statement in (
@@ -236,7 +257,7 @@ def _on_connect(driver: Any, record: Any) -> None:
         began = time.perf_counter()
         driver.execute(statement)
         took.append(time.perf_counter() - began)
-    record.info["is_far"] = min(took) > FAR
+    return took
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:
