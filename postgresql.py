@@ -6,8 +6,9 @@ import os
 import select
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -75,11 +76,10 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
 def listen(engine: sa.Engine, serving: bool) -> None:
     """Have the engine open connections, and begin transactions, our way."""
     sa.event.listen(engine, "do_connect", lambda *_: waiting.step_aside())
-    sa.event.listen(engine, "connect", _on_connect)
+    sa.event.listen(engine, "connect", partial(_on_connect, engine.dialect, serving))
     sa.event.listen(engine, "checkout", _on_checkout)
-    if serving:
-        failure = engine.dialect.loaded_dbapi.OperationalError
-        sa.event.listen(engine, "connect", lambda driver, _: _wait_our_way(driver, failure))
+    # Else a server that goes away makes crashes of requests that have their answer, as the session ends.
+    engine.dialect.do_rollback = partial(_roll_back, engine.dialect)  # type: ignore[method-assign]
 
 
 def open_database(settings: Settings) -> None:
@@ -231,7 +231,27 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     return connection
 
 
-def _on_connect(driver: Any, record: Any) -> None:
+def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
+    try:
+        driver.rollback()
+    except dialect.loaded_dbapi.Error:
+        if not driver.closed:
+            raise
+        # The server has rolled back, and the pool opens another.
+
+
+def _on_connect(dialect: sa.Dialect, serving: bool, driver: Any, record: Any) -> None:
+    if serving:
+        driver.wait = _waiting_our_way(driver, dialect.loaded_dbapi.OperationalError)
+    try:
+        record.info["is_far"] = min(_prepare(driver)) > FAR
+    except dialect.loaded_dbapi.Error as error:
+        base: Any = dialect.loaded_dbapi.Error
+        raise sa.exc.DBAPIError.instance(None, None, error, base, hide_parameters=True) from error
+
+
+def _prepare(driver: Any) -> list[float]:
+    """Set up a connection; returns the seconds that each step took."""
     # Whatever the database's own defaults are: begin_writing relies on the latter.
     took = []
     for statement in (
@@ -242,11 +262,11 @@ def _on_connect(driver: Any, record: Any) -> None:
         began = time.perf_counter()
         driver.execute(statement)
         took.append(time.perf_counter() - began)
-    record.info["is_far"] = min(took) > FAR
+    return took
 
 
-def _wait_our_way(driver: Any, failure: type[Exception]) -> None:
-    """Have the driver step aside when it waits, and not wait for ever: a server may hang, or a network."""
+def _waiting_our_way(driver: Any, failure: type[Exception]) -> Callable[..., Any]:
+    """What steps aside when the driver waits, and waits not for ever: a server may hang, or a network."""
 
     def wait(answering: Generator[int, int, Any], *args: Any, **kwargs: Any) -> Any:
         # psycopg's protocol: it yields whether it waits to read (1) or write (2), and is sent which it can.
@@ -270,7 +290,7 @@ def _wait_our_way(driver: Any, failure: type[Exception]) -> None:
         except StopIteration as end:
             return end.value
 
-    driver.wait = wait
+    return wait
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:

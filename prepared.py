@@ -113,13 +113,19 @@ class _Kept:
     """A connection that a thread keeps, opened as the engine opens its own."""
 
     def __init__(self) -> None:
-        connection = db.engine.raw_connection()
-        connection.detach()
-        self.link = Link(connection.dbapi_connection, db.engine.dialect)
-        self.info = connection.info
-        self.process = os.getpid()
-        self._is_good = database.ways(settings()).is_good
-        database.ways(settings()).make_ready(self.link.driver)
+        self.process: int | None = None  # none as long as there is no connection to close
+        dialect = db.engine.dialect
+        its = database.ways(settings())
+        self._is_good = its.is_good
+        try:
+            connection = db.engine.raw_connection()
+            connection.detach()
+            self.link = Link(connection.dbapi_connection, dialect)
+            self.info = connection.info
+            self.process = os.getpid()
+            its.make_ready(self.link.driver)
+        except dialect.loaded_dbapi.Error as error:
+            raise database.wrap(error, dialect) from error
 
     def is_good(self) -> bool:
         """Whether it still leads somewhere, and was not inherited: a connection must not cross a fork."""

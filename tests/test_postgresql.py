@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -288,6 +289,46 @@ def test_a_server_that_hangs_is_given_up(
         assert ask_token(app.test_client(), agent).status_code == 200, "over another connection"
     finally:
         os.kill(hanging, signal.SIGCONT)
+
+
+def test_a_connection_that_ends_when_all_is_read_spoils_no_answer(
+    app: Flask, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        with app.app_context():
+            assert db.session.scalar(sa.text("SELECT 1")) == 1
+            assert end_connections(tmp_path / "instance", "lanyard%") > 0
+            time.sleep(0.1)
+    assert not caplog.messages
+
+
+def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
+    app: Flask,
+    operator: Operator,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    agent = operator.create()
+    client = app.test_client()
+
+    def ask_everything() -> set[int]:
+        answers = [client.get("/.well-known/jwks.json"), client.get("/api/agents", headers=OPERATOR)]
+        answers += [ask_token(client, agent), ask_token(client, {**agent, "client_secret": "wrong"})]
+        assert "connection to server" not in "".join(answer.text for answer in answers)
+        return {answer.status_code for answer in answers}
+
+    name = sa.make_url(on_postgresql.url_of(tmp_path / "instance")).database
+    server: Any = on_postgresql._server()
+    assert ask_everything() == {200, 401}
+    server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+    server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+    assert ask_everything() == {503}
+    assert not any(record.exc_info for record in caplog.records)
+    server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+    assert ask_everything() == {200, 401}
+    gc.collect()
+    assert "ignored" not in capfd.readouterr().err
 
 
 def run_beside(work: Callable[[], Any]) -> Any:
