@@ -19,6 +19,7 @@ import access
 import agents
 import bearer
 import cli
+import complaints
 import credentials
 import database
 import events
@@ -29,7 +30,6 @@ import keys
 import management
 import metadata
 import metrics
-import models
 import oauth
 import openapi
 import prepared
@@ -95,21 +95,27 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
             f" {settings.database_file}."
         )
+    its = database.ways(settings)
     try:
+        # Another server that runs may lack the key that secrets would be sealed with.
+        is_alone = serving and not its.is_serving(settings)
         if serving:
-            database.ways(settings).mark_serving(app, settings)
-        database.init_database(app, settings, serving=serving, fill=partial(_fill_database, serving))
+            its.mark_serving(app, settings)
+        fill = partial(_fill_database, serving, is_alone)
+        database.init_database(app, settings, serving=serving, fill=fill)
         access.init_app(app, settings)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
-        reason = str(getattr(error, "orig", error)).strip().rstrip(".")
+        reason = complaints.sentence(error)
         raise SettingError(f"The database {settings.database_name} cannot be used: {reason}.") from None
 
 
-def _fill_database(serving: bool) -> None:
+def _fill_database(serving: bool, is_alone: bool) -> None:
     keys.ensure_signing_key(follow_setting=serving)
-    vault.reseal_all()
+    vault.check_all()
+    if is_alone:
+        vault.reseal_all()
 
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
@@ -146,9 +152,11 @@ def health() -> dict[str, str]:
 def ready() -> dict[str, str]:
     """Answers 200 when the database gives a write lock and there is a key to sign with."""
     with database.writing(durable=False) as connection:
-        if connection.scalar(sa.select(models.SigningKey.kid).limit(1)) is None:
+        newest = connection.scalar(sa.select(keys.NEWEST_KEY))
+        if newest is None:
             headers = {"Retry-After": "1"}
             raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
+        keys.signing_key(newest)
     return {"status": "ready"}
 
 
@@ -167,6 +175,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(DBAPIError, _answer_database_error)
+    app.register_error_handler(SettingError, _answer_setting_error)
     app.register_error_handler(Exception, _answer_crash)
 
 
@@ -193,9 +202,16 @@ def _answer_http_error(error: HTTPException) -> Response:
 def _answer_database_error(error: DBAPIError) -> Response:
     if not database.may_pass(error):
         return _answer_crash(error)
-    log.error("The database does not answer: %s", error.orig)
+    log.error("The database does not answer: %s.", complaints.sentence(error))
     text = "The database does not answer just now. Try again shortly."
     return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
+
+
+def _answer_setting_error(error: SettingError) -> Response:
+    """One that shows late: another server has sealed a secret with a key that this one lacks."""
+    log.error("A setting will not do: %s", error.message)
+    text = "This server is not set up to answer. Its log says why."
+    return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "60"}))
 
 
 def _answer_crash(error: Exception) -> Response:

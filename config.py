@@ -191,6 +191,12 @@ def _postgresql_url(url: str) -> str:
         named = parts.port != 0 and len(parts.path) > 1
     except ValueError:
         named = False
+    # Else a part of the password would be taken for the host or the database, and told in an error.
+    if url.partition("?")[0].count("@") > 1 or "@" in urlsplit(url).path or "#" in url:
+        raise SettingError(
+            "LANYARD_DATABASE_URL must have what is special in the password as %40 for @, %3A for :,"
+            " %2F for /, %3F for ? and %23 for #."
+        )
     if not named:
         raise SettingError("LANYARD_DATABASE_URL must name a database: postgresql+psycopg://host/database.")
     if find_spec("psycopg") is None:

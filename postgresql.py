@@ -62,6 +62,7 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
     return {
         "connect_args": {
             "connect_timeout": CONNECT_TIMEOUT,
+            "client_encoding": "utf8",
             # How others see that a server runs: a command has another name.
             "application_name": f"lanyard {'server' if serving else 'command'}, process {os.getpid()}",
             # A server that is gone without a word is noticed within 30 seconds.

@@ -150,7 +150,8 @@ def mark_serving(app: Flask, settings: Settings) -> None:
     fcntl.flock(lock, fcntl.LOCK_SH)
     # The workers, which are forked from this process, share it. An app that is gone needs it no more,
     # but a process that ends holds it to its very end.
-    weakref.finalize(app, os.close, lock).atexit = False
+    app.extensions["lanyard.serving"] = ended = weakref.finalize(app, os.close, lock)
+    ended.atexit = False
 
 
 @contextmanager

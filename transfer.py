@@ -14,6 +14,7 @@ from flask import Flask
 
 import backup
 import clock
+import complaints
 import config
 import crate
 import database
@@ -83,7 +84,7 @@ def bring_in(settings: Settings, file: Path, *, progress: Progress) -> Header:
         fill = partial(_fill, file, progress)
         database.init_database(app, settings, serving=False, may_change=is_new, fill=fill)
     except (sa.exc.DBAPIError, sqlite3.DatabaseError) as error:
-        raise CrateError(f"The database cannot be used: {_reason(error)}.") from None
+        raise CrateError(f"The database cannot be used: {complaints.sentence(error)}.") from None
     if is_new and settings.uses_sqlite:
         _give_to_owner(settings)
     return header
@@ -113,7 +114,10 @@ def _refuse_occupied(connection: sa.Connection) -> list[str]:
     counted = [table for table in _TABLES if table.name in there and table is not SigningKey.__table__]
     found = [f"{count} {table.name}" for table in counted if (count := _count(connection, table))]
     if found:
-        raise CrateError(f"An import wants a new database, and in this one there are {', '.join(found)}.")
+        raise CrateError(
+            f"An import wants a new database, and in this one there are {', '.join(found)}:"
+            " name another with LANYARD_INSTANCE or LANYARD_DATABASE_URL."
+        )
     return there
 
 
@@ -208,7 +212,8 @@ def _fill(file: Path, progress: Progress) -> None:
             progress(done, 2 * total)
         for table in _NUMBERED:
             _raise_numbers(connection, table, unpacked.header.numbers[table.name])
-    vault.reseal_all()
+    vault.check_all()
+    vault.reseal_all()  # no server runs, with other keys
 
 
 @contextmanager
@@ -279,15 +284,10 @@ def _insert(connection: sa.Connection, batch: list[Row]) -> None:
         connection.execute(_insertion(first.table), [row.values for row in batch])
     except sa.exc.StatementError as error:
         where = f"lines {first.line} to {last.line}, of {first.table.name}"
-        raise CrateError(f"The database refuses one of {where}: {_reason(error)}.") from None
+        raise CrateError(f"The database refuses one of {where}: {complaints.sentence(error)}.") from None
 
 
 @cache
 def _insertion(table: sa.Table) -> sa.Insert:
     kept = {column.name: sa.bindparam(column.name, type_=crate.kept_type(column)) for column in table.columns}
     return sa.insert(table).values(kept)
-
-
-def _reason(error: Exception) -> str:
-    """What the driver says, without the values that PostgreSQL adds."""
-    return str(getattr(error, "orig", None) or error).splitlines()[0].rstrip(".")

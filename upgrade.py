@@ -6,6 +6,7 @@ import logging
 
 import sqlalchemy as sa
 
+import complaints
 from config import HERE, VERSION, SettingError, Settings
 
 FOLDER = HERE / "migrations"
@@ -29,9 +30,12 @@ def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool)
         return
     _refuse_foreign(settings.database_name, stored, known)
     if not may_change:
+        name = settings.database_name
         raise SettingError(
-            f"The database {settings.database_name} has schema {stored or 'none'} and this Lanyard needs"
-            f" {newest}: start the server once, which upgrades it."
+            f"The database {name} has schema {stored} and this Lanyard needs {newest}:"
+            " start the server once, which upgrades it."
+            if stored
+            else f"The database {name} has no tables yet: start the server once, or import an instance."
         )
     _change(settings, stored, newest)
 
@@ -76,7 +80,7 @@ def _change(settings: Settings, stored: str | None, newest: str) -> None:
     except Exception as error:
         raise SettingError(
             f"The database {name} could not be brought from schema {stored or 'none'} to {newest},"
-            f" and is as it was: {getattr(error, 'orig', None) or error!r}."
+            f" and is as it was: {complaints.sentence(error)}."
         ) from error
     if copy:
         log.warning("The database was upgraded from schema %s to %s; %s is it before.", stored, newest, copy)

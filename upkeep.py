@@ -101,7 +101,8 @@ def export(file: Path, force: bool, as_json: bool) -> None:
     if as_json:
         console.show_json({"file": str(file.absolute()), "bytes": file.stat().st_size, "rows": header.rows})
     else:
-        console.note(f"{sum(header.rows.values())} rows are in {file}, which is as secret as the database.")
+        told = ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
+        console.note(f"{config.settings().database_name} is in {file}, which is as secret: {told}.")
 
 
 @click.command("import")
@@ -115,7 +116,8 @@ def bring_in(file: Path, as_json: bool) -> None:
     if as_json:
         console.show_json({"file": str(file.absolute()), "rows": header.rows})
         return
-    console.note(f"Imported {sum(header.rows.values())} rows, of {header.exported_at}.")
+    told = ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
+    console.note(f"{settings.database_name} is now what was exported at {header.exported_at}: {told}.")
     console.note(
         "What is in no database must be carried over too: the admin token"
         f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if there is one,"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import sqlalchemy as sa
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import Flask, current_app
 
 from config import SettingError, Settings
 from models import SigningKey, Webhook, db
+
+log = logging.getLogger("lanyard")
 
 _EXTENSION = "lanyard.vault"
 _FIRST = "lanyard.vault.first"
@@ -28,20 +33,36 @@ def seal(text: str) -> str:
     return text if fernet is None else _MARK + fernet.encrypt(text.encode()).decode()
 
 
-def reseal_all() -> None:
-    """Seal anew what the first key does not seal yet; in the caller's transaction.
+def check_all() -> None:
+    """See that everything sealed can be read.
 
     :raises SettingError: when something is sealed with a key that is not given.
     """
-    fernet: MultiFernet | None = current_app.extensions[_EXTENSION]
-    for column in SEALED:
-        row_id = column.class_.pk
-        for pk, stored in db.session.execute(sa.select(row_id, column).where(column.is_not(None))).all():
-            text = unseal(stored)
-            if fernet is not None and not is_sealed(stored, current_app.extensions[_FIRST]):
-                db.session.execute(
-                    sa.update(column.class_).where(row_id == pk).values({column.key: seal(text)})
-                )
+    for _, _, stored in _stored():
+        unseal(stored)
+
+
+def reseal_all() -> None:
+    """Seal anew what the first key does not seal yet; in the caller's transaction."""
+    if current_app.extensions[_EXTENSION] is None:
+        return
+    late = [found for found in _stored() if not is_sealed(found[2], current_app.extensions[_FIRST])]
+    for column, pk, stored in late:
+        sealed = {column.key: seal(unseal(stored))}
+        db.session.execute(sa.update(column.class_).where(column.class_.pk == pk).values(sealed))
+    if any(not is_sealed(stored) for _, _, stored in late):
+        log.warning(
+            "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
+        )
+
+
+def _stored() -> list[tuple[Any, int, str]]:
+    """Every such secret: its column, its row's number, and what is stored of it."""
+    return [
+        (column, pk, stored)
+        for column in SEALED
+        for pk, stored in db.session.execute(sa.select(column.class_.pk, column).where(column.is_not(None)))
+    ]
 
 
 def is_sealed(stored: str, fernet: Fernet | None = None) -> bool:

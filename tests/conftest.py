@@ -123,10 +123,11 @@ def quick_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def close(app: Flask) -> None:
-    """Let go of the app's connections, when a test makes more apps than files may be open."""
+    """End the server that the app is: let go of its connections, and of its mark on the database."""
     with app.app_context():
         db.engine.dispose()
     vars(app.extensions["lanyard.prepared"]).clear()
+    app.extensions.get("lanyard.serving", lambda: None)()
 
 
 def settings_for(folder: Path, **variables: str) -> Settings:

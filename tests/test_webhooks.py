@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Clock, Operator, ask_token, bearer, contents
+from conftest import (
+    OPERATOR,
+    Clock,
+    Operator,
+    ask_token,
+    bearer,
+    close,
+    contents,
+    engine_of,
+    settings_for,
+)
 from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
@@ -20,6 +30,7 @@ import deliverer
 import events
 import housekeeping
 import vault
+from app import create_app
 from config import SettingError
 from deliverer import Outcome
 from models import Delivery, Webhook, db
@@ -482,8 +493,10 @@ def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path:
 def test_keys_are_changed_by_putting_a_new_one_first(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     old, new = (Fernet.generate_key().decode() for _ in range(2))
     place = {"WEBHOOK_ALLOW_PRIVATE": "1", "INSTANCE": str(tmp_path / "sealed")}
-    secret = create(make_app(**place).test_client())["secret"]
+    app = make_app(**place)
+    secret = create(app.test_client())["secret"]
     for keys in (old, f"{new},{old}", new):
+        close(app)
         app = make_app(SECRET_KEY=keys, **place)
         Operator(app).create()
         with app.app_context():
@@ -493,6 +506,49 @@ def test_keys_are_changed_by_putting_a_new_one_first(make_app: Callable[..., Fla
     for wrong in ("", old):
         with pytest.raises(SettingError, match="LANYARD_SECRET_KEY must hold the key"):
             make_app(SECRET_KEY=wrong, **place)
+
+
+def stored_secrets(folder: Path) -> list[str]:
+    with engine_of(folder).connect() as connection:
+        found = "SELECT jwk FROM signing_keys UNION ALL SELECT secret FROM webhooks"
+        return list(connection.scalars(sa.text(found)))
+
+
+def test_a_command_seals_nothing(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    app = make_app(WEBHOOK_ALLOW_PRIVATE="1")
+    create(app.test_client())
+    close(app)
+    before = stored_secrets(tmp_path / "instance")
+    create_app(settings_for(tmp_path / "instance", SECRET_KEY=Fernet.generate_key().decode()))
+    assert stored_secrets(tmp_path / "instance") == before
+
+
+def test_nothing_is_sealed_while_another_server_runs_which_may_lack_the_key(
+    make_app: Callable[..., Flask], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = make_app(WEBHOOK_ALLOW_PRIVATE="1")
+    create(running.test_client())
+    before, key = stored_secrets(tmp_path / "instance"), Fernet.generate_key().decode()
+    second = make_app(SECRET_KEY=key)
+    assert stored_secrets(tmp_path / "instance") == before
+    for app in (running, second):
+        close(app)
+    make_app(SECRET_KEY=key)
+    assert {text[:7] for text in stored_secrets(tmp_path / "instance")} == {"fernet:"}
+    assert "nothing starts without it" in caplog.text
+
+
+def test_a_server_that_lacks_the_key_of_the_signing_key_is_not_ready(
+    make_app: Callable[..., Flask], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app()
+    agent = Operator(app).create()
+    with engine_of(tmp_path / "instance").begin() as connection:
+        connection.execute(sa.text("UPDATE signing_keys SET jwk = 'fernet:x'"))
+    refused = [app.test_client().get("/health/ready"), ask_token(app.test_client(), agent)]
+    assert [answer.status_code for answer in refused] == [503, 503]
+    assert "LANYARD_SECRET_KEY must hold the key" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_a_secret_that_cannot_be_read_fails_its_own_delivery_only(app: Flask, client: FlaskClient) -> None:
