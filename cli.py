@@ -6,7 +6,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import click
 import sqlalchemy as sa
 from flask import Flask
+from sqlalchemy.exc import DBAPIError
 
 import agents
+import complaints
 import console
 import credentials
 import keys
@@ -23,7 +25,7 @@ import schemas
 import upkeep
 import webhooks
 from console import Room, as_json
-from database import writing
+from database import may_pass, writing
 from models import Agent, Event, db
 from wire import Problem, parse_json
 
@@ -289,13 +291,23 @@ def _tail(lines: int, follow: bool) -> None:
         click.echo(json.dumps(schema.dump(event)))
     shown = set(db.session.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
     while follow and not _reader_leaves_within(FOLLOW_EVERY):
-        db.session.rollback()
-        shown = {pk for pk in shown if pk > seen - BEHIND}
-        for event in db.session.scalars(sa.select(Event).where(Event.pk > seen - BEHIND).order_by(Event.pk)):
+        for event in _new_events(seen - BEHIND):
             if event.pk not in shown:
                 click.echo(json.dumps(schema.dump(event)))
                 shown.add(event.pk)
         seen = max([seen, *shown])
+        shown = {pk for pk in shown if pk > seen - BEHIND}
+
+
+def _new_events(pk: int) -> Iterator[Event]:
+    """Events numbered above `pk`, oldest first; none while the database does not answer."""
+    try:
+        db.session.rollback()
+        yield from db.session.scalars(sa.select(Event).where(Event.pk > pk).order_by(Event.pk))
+    except DBAPIError as error:
+        if not may_pass(error):
+            raise
+        console.note(f"The database does not answer: {complaints.sentence(error)}.")
 
 
 def _reader_leaves_within(seconds: float) -> bool:

@@ -17,13 +17,14 @@ from cryptography.fernet import Fernet
 import access
 import backup
 import clock
+import complaints
 import keys
 import postgresql
+import sqlite
 import vault
+import wall
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
-from database import ways
 from models import Agent, Delivery, Event, SigningKey, Webhook
-from sqlite import open_read_only
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
@@ -58,40 +59,41 @@ def examine(settings: Settings | None = None) -> Iterator[Finding]:
 
 
 def _look_at_settings(settings: Settings) -> Iterator[Finding]:
-    complaints = [f"Lanyard knows no setting {name}: is it misspelt?" for name in unknown_names()]
+    found = [f"Lanyard knows no setting {name}: is it misspelt?" for name in unknown_names()]
     public = settings.issuer.startswith("https:")
     if public and not settings.trusted_proxies:
-        complaints.append(
+        found.append(
             "LANYARD_ISSUER is https but LANYARD_TRUSTED_PROXIES is 0: all callers seem to come from the"
             " proxy's address, and share its throttle. Set it to the number of proxies."
         )
     if not public and settings.trusted_proxies:
-        complaints.append(
-            "There are LANYARD_TRUSTED_PROXIES but LANYARD_ISSUER is http: set it to the https URL."
-        )
+        found.append("There are LANYARD_TRUSTED_PROXIES but LANYARD_ISSUER is http: set it to the https URL.")
     if settings.host not in LOOPBACK_NAMES and urlsplit(settings.issuer).hostname in LOOPBACK_NAMES:
-        complaints.append(
+        found.append(
             f"LANYARD_HOST {settings.host} serves others, but tokens name {settings.issuer}:"
             " set LANYARD_ISSUER."
         )
     if settings.webhook_allow_private and not settings.local:
-        complaints.append(
+        found.append(
             "LANYARD_WEBHOOK_ALLOW_PRIVATE=1 lets webhooks reach inside your network: unset it unless needed."
         )
-    if not settings.secret_keys:
-        complaints.append(
-            "LANYARD_SECRET_KEY is unset: signing keys and webhook secrets are in the database in clear."
-        )
-    if not (settings.uses_sqlite or settings.admin_token):
-        complaints.append("LANYARD_ADMIN_TOKEN is unset: several hosts on one database would have one each.")
-    yield from _complain("settings", complaints, f"Tokens name {settings.issuer}.")
+    if not settings.uses_sqlite:
+        alike = {
+            "LANYARD_ADMIN_TOKEN": bool(settings.admin_token),
+            "LANYARD_ISSUER": urlsplit(settings.issuer).hostname not in LOOPBACK_NAMES,
+        }
+        found += [f"{name} must be set, alike on all hosts." for name, is_set in alike.items() if not is_set]
+    yield from _complain("settings", found, "They go together.")
+    yield Finding(OK, "issuer", f"Tokens name {settings.issuer}.")
 
 
 def _look_at_server(settings: Settings) -> Iterator[Finding]:
+    if not settings.uses_sqlite:
+        return  # of all hosts: told with the database
     try:
-        runs = "A" if ways(settings).is_serving(settings) else "No"
+        runs = "A" if sqlite.is_serving(settings) else "No"
         yield Finding(OK, "server", f"{runs} server runs on this instance.")
-    except (OSError, sa.exc.DBAPIError) as error:
+    except OSError as error:
         yield Finding(WARN, "server", f"Cannot tell whether a server runs: {error}.")
 
 
@@ -180,7 +182,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
         yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
         return
     yield Finding(OK, "database", f"{file} is sound.")
-    engine = sa.create_engine("sqlite://", creator=lambda: open_read_only(file), poolclass=sa.NullPool)
+    engine = sa.create_engine("sqlite://", creator=lambda: sqlite.open_read_only(file), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
             yield from _look_at_references(connection)
@@ -195,11 +197,16 @@ def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
         with postgresql.session(settings) as connection:
             version = connection.exec_driver_sql("SHOW server_version").scalar()
             yield Finding(OK, "database", f"{name} answers: PostgreSQL {version}.")
+            hosts = postgresql.hosts_serving(connection)
+            told = f"Servers run on: {', '.join(hosts)}." if hosts else "No server runs on this database."
+            yield Finding(OK, "server", told)
             yield from _look_at_promises(connection)
+            if not sa.inspect(connection).has_table(Agent.__tablename__):
+                yield Finding(FAIL, "database", f"{name} has no tables yet: start a server, or import.")
+                return
             yield from _look_at_rows(connection, settings)
     except sa.exc.DBAPIError as error:
-        reason = str(error.orig).strip().rstrip(".")
-        yield Finding(FAIL, "database", f"{name} cannot be read: {reason}.")
+        yield Finding(FAIL, "database", f"{name} cannot be read: {complaints.sentence(error)}.")
 
 
 def _look_at_promises(connection: sa.Connection) -> Iterator[Finding]:
@@ -275,17 +282,22 @@ def _look_at_seals(connection: sa.Connection, settings: Settings) -> Iterator[Fi
     fernets = [Fernet(key) for key in settings.secret_keys]
     lost = [text for text in stored if _is_lost(text, fernets)]
     if lost:
-        told = f"LANYARD_SECRET_KEY opens all but {len(lost)} of {len(stored)} secrets in the database"
-        yield Finding(FAIL, "secrets", f"{told}: add the key that they are encrypted with.")
+        told = f"LANYARD_SECRET_KEY opens {len(stored) - len(lost)} of {len(stored)} secrets in the database"
+        yield Finding(FAIL, "secrets", f"{told}: add the key that the others are encrypted with.")
         return
     late = [text for text in stored if fernets and not vault.is_sealed(text, fernets[0])]
     if late:
         yield Finding(
             WARN, "secrets", f"{len(late)} of {len(stored)} are not encrypted with the newest key: restart."
         )
+    elif not fernets:
+        yield Finding(
+            WARN,
+            "secrets",
+            "LANYARD_SECRET_KEY is unset: signing keys and webhook secrets are in the database in clear.",
+        )
     else:
-        how = "encrypted with the newest key" if fernets else "in clear"
-        yield Finding(OK, "secrets", f"{len(stored)} that must be read back, {how}.")
+        yield Finding(OK, "secrets", f"{len(stored)} that must be read back, encrypted with the newest key.")
 
 
 def _is_lost(text: str, fernets: list[Fernet]) -> bool:
@@ -293,14 +305,19 @@ def _is_lost(text: str, fernets: list[Fernet]) -> bool:
 
 
 def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    complaints = [
+    found = [
         f"{name!r} is switched off: {reason or 'by the operator.'}"
         for name, reason in connection.execute(
             sa.select(Webhook.name, Webhook.disabled_reason).where(sa.not_(Webhook.is_active))
         )
     ]
+    for name, url in connection.execute(sa.select(Webhook.name, Webhook.url).where(Webhook.is_active)):
+        try:
+            wall.parse(url, allow_private=settings.webhook_allow_private)
+        except wall.Refused as refusal:
+            found.append(f"{name!r} gets nothing: {refusal}")
     dead = sa.select(Webhook.id, sa.func.count()).join(Delivery).where(Delivery.status == "dead")
-    complaints += [
+    found += [
         f"{count} deliveries are dead: ./lanyard webhooks deliveries {id_} --status dead"
         for id_, count in connection.execute(dead.group_by(Webhook.pk))
     ]
@@ -309,14 +326,14 @@ def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator
         late.where(Webhook.is_active, Delivery.next_attempt_at < clock.now() - OVERDUE)
     )
     if overdue:
-        complaints.append(f"{overdue} deliveries are overdue: does the server run?")
+        found.append(f"{overdue} deliveries are overdue: does the server run?")
     count = connection.scalar(sa.select(sa.func.count()).select_from(Webhook))
-    yield from _complain("webhooks", complaints, f"{count}, none in trouble.")
+    yield from _complain("webhooks", found, f"{count}, none in trouble.")
 
 
-def _complain(subject: str, complaints: list[str], praise: str, *, level: str = WARN) -> Iterator[Finding]:
-    yield from (Finding(level, subject, complaint) for complaint in complaints)
-    if not complaints:
+def _complain(subject: str, found: list[str], praise: str, *, level: str = WARN) -> Iterator[Finding]:
+    yield from (Finding(level, subject, complaint) for complaint in found)
+    if not found:
         yield Finding(OK, subject, praise)
 
 

@@ -171,12 +171,18 @@ def nobody_serving(settings: Settings) -> Iterator[None]:
 
 def is_serving(settings: Settings) -> bool:
     """Whether a server uses the database; its workers always have connections."""
-    activity = sa.table("pg_stat_activity", sa.column("datname"), sa.column("application_name"))
-    servers = sa.select(sa.func.count()).where(
+    with session(settings) as connection:
+        return bool(hosts_serving(connection))
+
+
+def hosts_serving(connection: sa.Connection) -> list[str]:
+    """The addresses that servers use the database from."""
+    activity = sa.table("pg_stat_activity", *map(sa.column, ("datname", "application_name", "client_addr")))
+    address = sa.func.coalesce(sa.cast(activity.c.client_addr, sa.Text), "its own machine")
+    servers = sa.select(address).where(
         activity.c.datname == sa.func.current_database(), activity.c.application_name.startswith(_SERVER)
     )
-    with session(settings) as connection:
-        return bool(connection.scalar(servers))
+    return sorted(set(connection.scalars(servers)))
 
 
 @contextmanager

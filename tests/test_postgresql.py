@@ -35,6 +35,7 @@ from flask import Flask
 from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
+import doctor
 import events
 import postgresql
 import prepared
@@ -331,6 +332,27 @@ def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
     assert "ignored" not in capfd.readouterr().err
 
 
+def test_the_doctor_says_what_must_be_alike_on_all_hosts_and_where_servers_run(
+    app: Flask, tmp_path: Path
+) -> None:
+    with app.app_context():
+        db.session.execute(sa.text("SELECT 1"))
+    findings = list(doctor.examine(settings_for(tmp_path / "instance", ADMIN_TOKEN="")))
+    warned = [one.text for one in findings if (one.level, one.subject) == (doctor.WARN, "settings")]
+    assert [text.split()[0] for text in warned[-2:]] == ["LANYARD_ADMIN_TOKEN", "LANYARD_ISSUER"]
+    told = {one.subject: one.text for one in findings}
+    assert told["server"] == "Servers run on: its own machine."
+    assert told["durability"].startswith("full_page_writes is off"), "as the tests' PostgreSQL has it"
+
+
+def test_the_doctor_of_a_database_that_is_gone_says_so_once(tmp_path: Path) -> None:
+    url = on_postgresql.url_of(tmp_path).replace("?", "_gone?")
+    findings = list(doctor.examine(settings_for(tmp_path, DATABASE_URL=url)))
+    (failed,) = [one.text for one in findings if one.level == doctor.FAIL]
+    assert failed.endswith("does not exist; make it with createdb.")
+    assert "\n" not in failed
+
+
 def run_beside(work: Callable[[], Any]) -> Any:
     """What it returns in another thread, whose connection is another."""
     with ThreadPoolExecutor(1) as pool:
@@ -376,7 +398,7 @@ def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda url: url.replace("?", "_gone?"), "does not exist"),
+        (lambda url: url.replace("?", "_gone?"), "make it with createdb"),
         (lambda url: url.replace("lanyard@", "nobody@"), 'role "nobody" does not exist'),
         (lambda url: url.partition("?")[0] + "?host=/nowhere", "No such file or directory"),
     ],
