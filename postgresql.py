@@ -20,6 +20,9 @@ from config import SettingError, Settings
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
+ANSWER_TIMEOUT = 10.0  # seconds a server waits for an answer; of one who says nothing any more, soon less
+SHORT_ANSWER_TIMEOUT = 1.0
+PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
@@ -27,6 +30,7 @@ _OURS = 0x4C616E79  # "Lany"
 _WRITE, _ALONE, _DELIVER = 1, 2, 3
 
 _LOCKED = "55P03"
+_NO_ANSWER = "_WaitTimeout"
 # What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
 # a database that only reads just now (a standby, after a failover), a client that was stopped meanwhile.
 _PASSING = {_LOCKED, "40P01", "40001", "25006", "25P03"}
@@ -43,6 +47,9 @@ _IDLE_TIMEOUT = "idle_in_transaction_session_timeout = 10000"
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
 _is_stuck = threading.Event()
+# The same for the server's answers: set when one did not come, until another does.
+_is_silent = threading.Event()
+_one_tries = threading.Lock()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -70,6 +77,7 @@ def listen(engine: sa.Engine) -> None:
     """Have the engine open connections, and begin transactions, our way."""
     sa.event.listen(engine, "connect", partial(_on_connect, engine.dialect))
     sa.event.listen(engine, "checkout", _on_checkout)
+    sa.event.listen(engine, "do_connect", _on_do_connect)
     # Else a server that goes away makes crashes of requests that have their answer, as the session ends.
     engine.dialect.do_rollback = partial(_roll_back, engine.dialect)  # type: ignore[method-assign]
 
@@ -105,7 +113,7 @@ def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: 
 
     :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
     """
-    patient = patient and not _is_stuck.is_set()
+    patient = patient and not _is_stuck.is_set() and not _is_silent.is_set()
     try:
         _take_write_lock(driver, durable, patient, alone)
     except Exception as error:
@@ -138,7 +146,7 @@ def may_pass(error: Any) -> bool:
     state = getattr(error, "sqlstate", None)
     if state is None:
         # Without an answer of the server's there is no server: it is down, or was.
-        return type(error).__name__ in ("OperationalError", "ConnectionTimeout")
+        return type(error).__name__ in ("OperationalError", "ConnectionTimeout", _NO_ANSWER)
     # 08: connection; 53: disk, memory or connections used up; 57: shutting down, or starting; 58: its disk.
     return state in _PASSING or state[:2] in ("08", "53", "57", "58")
 
@@ -228,6 +236,49 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     return connection
 
 
+def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    waiting.step_aside()
+    was_silent = _is_silent.is_set()
+    # One is enough to see whether it answers again.
+    if was_silent and not _one_tries.acquire(blocking=False):
+        raise dialect.loaded_dbapi.OperationalError("it did not answer, and is asked whether it does again")
+    try:
+        return dialect.connect(*arguments, **options)
+    except dialect.loaded_dbapi.errors.ConnectionTimeout:
+        _is_silent.set()
+        raise
+    finally:
+        if was_silent:
+            _one_tries.release()
+
+
+def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None = None) -> Any:
+    """The driver's own, which waits for the server's answer: but not for ever, and not in others' way."""
+    seconds = SHORT_ANSWER_TIMEOUT if _is_silent.is_set() else ANSWER_TIMEOUT
+    try:
+        answer = type(driver).wait(driver, _stepping_aside(steps), PROMPT, seconds)
+    except Exception as error:
+        if type(error).__name__ == _NO_ANSWER:
+            _is_silent.set()
+            driver.close()  # what comes late would be taken for the next answer
+        raise
+    _is_silent.clear()
+    return answer
+
+
+def _stepping_aside(steps: Any) -> Any:
+    """What the driver waits for, step by step; it is told nothing when it has waited a while for one."""
+    try:
+        state = next(steps)
+        while True:
+            ready = yield state
+            if not ready:
+                waiting.step_aside()
+            state = steps.send(ready)
+    except StopIteration as end:
+        return end.value
+
+
 def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
     try:
         driver.rollback()
@@ -239,6 +290,8 @@ def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
 
 def _on_connect(dialect: sa.Dialect, driver: Any, record: Any) -> None:
     try:
+        if driver.info.get_parameters()["application_name"].startswith(_SERVER):
+            driver.wait = partial(_wait, driver)
         record.info["is_far"] = min(_prepare(driver)) > FAR
     except dialect.loaded_dbapi.Error as error:
         base: Any = dialect.loaded_dbapi.Error

@@ -34,6 +34,7 @@ from test_serving import token_body
 import postgresql
 import prepared
 import throttle
+import waiting
 from app import create_app
 from config import SettingError
 from database import may_pass, writing
@@ -293,10 +294,37 @@ def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
     assert "ignored" not in capfd.readouterr().err
 
 
-def run_beside(work: Callable[[], Any]) -> Any:
+def test_a_server_waits_for_postgresqls_answer_but_not_for_ever(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "ANSWER_TIMEOUT", 0.5)
+    stepped_aside = threading.Event()
+    sleeping = sa.func.pg_sleep(sa.bindparam("seconds"))
+    sleep = prepared.Prepared(sa.select(sa.cast(sleeping, sa.Text).label("slept")))
+
+    def ask_it() -> list[float]:
+        waiting.before_waiting(stepped_aside.set)
+        took = []
+        with app.app_context():
+            for _ in range(2):
+                began = time.monotonic()
+                with pytest.raises(sa.exc.DBAPIError) as failed:
+                    sleep.first(seconds=30)
+                took.append(time.monotonic() - began)
+                assert may_pass(failed.value)
+            assert sleep.first(seconds=0) is not None
+            assert not postgresql._is_silent.is_set()
+        return took
+
+    app = make_app()
+    assert [round(seconds, 1) for seconds in run_beside(ask_it, seconds=10)] == [0.5, 0.5]
+    assert stepped_aside.is_set()
+
+
+def run_beside(work: Callable[[], Any], seconds: float = 5) -> Any:
     """What it returns in another thread, whose connection is another."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(5)
+        return pool.submit(work).result(seconds)
 
 
 @pytest.mark.parametrize(("durable", "level"), [(True, "on"), (False, "off")])
