@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
 from flask import current_app
@@ -18,6 +18,8 @@ VERSION = "0.1.0"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
 POSTGRESQL = "postgresql+psycopg://"
+# What the driver itself takes, and not as text.
+_NO_TEXT = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
 
 
 class SettingError(ClickException):
@@ -191,6 +193,11 @@ def _postgresql_url(url: str) -> str:
         named = False
     if not named:
         raise SettingError("LANYARD_DATABASE_URL must name a database: postgresql+psycopg://host/database.")
+    # What comes behind would be shown as the host or the database.
+    if "@" in parts.path or parts.netloc.count("@") > 1:
+        raise SettingError("LANYARD_DATABASE_URL must have / and @ in its password written as %2F and %40.")
+    if odd := sorted(_NO_TEXT & {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}):
+        raise SettingError(f"LANYARD_DATABASE_URL must not set {odd[0]}, which is no option of PostgreSQL's.")
     if find_spec("psycopg") is None:
         raise SettingError(
             "LANYARD_DATABASE_URL needs PostgreSQL's driver:"

@@ -321,6 +321,14 @@ def test_a_server_waits_for_postgresqls_answer_but_not_for_ever(
     assert stepped_aside.is_set()
 
 
+def test_a_command_needs_no_folder(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app()
+    url = on_postgresql.url_of(tmp_path / "instance")
+    command = create_app(settings_for(tmp_path / "none", DATABASE_URL=url, ADMIN_TOKEN=ADMIN_TOKEN))
+    assert command.test_client().get("/api/agents", headers=OPERATOR).status_code == 200
+    assert not (tmp_path / "none").exists()
+
+
 def run_beside(work: Callable[[], Any], seconds: float = 5) -> Any:
     """What it returns in another thread, whose connection is another."""
     with ThreadPoolExecutor(1) as pool:
