@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
 from flask import current_app
@@ -18,6 +18,8 @@ VERSION = "0.1.0"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
 POSTGRESQL = "postgresql+psycopg://"
+# What the driver itself takes, and not as text.
+_NO_TEXT = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
 
 
 class SettingError(ClickException):
@@ -191,14 +193,16 @@ def _postgresql_url(url: str) -> str:
         named = parts.port != 0 and len(parts.path) > 1
     except ValueError:
         named = False
-    # Else a part of the password would be taken for the host or the database, and told in an error.
-    if url.partition("?")[0].count("@") > 1 or "@" in urlsplit(url).path or "#" in url:
-        raise SettingError(
-            "LANYARD_DATABASE_URL must have what is special in the password as %40 for @, %3A for :,"
-            " %2F for /, %3F for ? and %23 for #."
-        )
     if not named:
         raise SettingError("LANYARD_DATABASE_URL must name a database: postgresql+psycopg://host/database.")
+    # What comes behind would be shown as the host or the database.
+    if "@" in parts.path or parts.netloc.count("@") > 1 or parts.fragment:
+        raise SettingError(
+            "LANYARD_DATABASE_URL must have what is special in its password written as %40 for @, %2F for /,"
+            " %3A for :, %3F for ? and %23 for #."
+        )
+    if odd := sorted(_NO_TEXT & {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}):
+        raise SettingError(f"LANYARD_DATABASE_URL must not set {odd[0]}, which is no option of PostgreSQL's.")
     if find_spec("psycopg") is None:
         raise SettingError(
             "LANYARD_DATABASE_URL needs PostgreSQL's driver:"

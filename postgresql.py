@@ -6,7 +6,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,9 +20,9 @@ from config import SettingError, Settings
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
-PROMPT = 5  # milliseconds after which a thread that waits for an answer lets another one answer
-PATIENCE = 30_000  # milliseconds without a sign of the server's after which the connection is given up
-SHORT_PATIENCE = 1000  # the same from then on, until it gives one
+ANSWER_TIMEOUT = 30.0  # seconds a server waits for an answer; of one who says nothing any more, soon less
+SHORT_ANSWER_TIMEOUT = 1.0
+PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
@@ -30,12 +30,11 @@ _OURS = 0x4C616E79  # "Lany"
 _WRITE, _ALONE, _DELIVER = 1, 2, 3
 
 _LOCKED = "55P03"
+_NO_ANSWER = "_WaitTimeout"
 # What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
 # a database that only reads just now (a standby, after a failover), a client that was stopped meanwhile.
 _PASSING = {_LOCKED, "40P01", "40001", "25006", "25P03"}
 _SERVER = "lanyard server, "
-# What psycopg waits for, as poll says it.
-_EVENTS = {1: select.POLLIN, 2: select.POLLOUT, 3: select.POLLIN | select.POLLOUT}
 
 # How soon the server gives up a client that is gone without a word, and frees its locks; else in two hours.
 _KEEPALIVES = (
@@ -48,8 +47,9 @@ _IDLE_TIMEOUT = "idle_in_transaction_session_timeout = 10000"
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
 _is_stuck = threading.Event()
-# The same for a server that does not answer at all.
+# The same for the server's answers: set when one did not come, until another does.
 _is_silent = threading.Event()
+_one_tries = threading.Lock()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -76,9 +76,9 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
 
 def listen(engine: sa.Engine, serving: bool) -> None:
     """Have the engine open connections, and begin transactions, our way."""
-    sa.event.listen(engine, "do_connect", lambda *_: waiting.step_aside())
     sa.event.listen(engine, "connect", partial(_on_connect, engine.dialect, serving))
     sa.event.listen(engine, "checkout", _on_checkout)
+    sa.event.listen(engine, "do_connect", _on_do_connect)
     # Else a server that goes away makes crashes of requests that have their answer, as the session ends.
     engine.dialect.do_rollback = partial(_roll_back, engine.dialect)  # type: ignore[method-assign]
 
@@ -114,7 +114,7 @@ def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: 
 
     :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
     """
-    patient = patient and not _is_stuck.is_set()
+    patient = patient and not _is_stuck.is_set() and not _is_silent.is_set()
     try:
         _take_write_lock(driver, durable, patient, alone)
     except Exception as error:
@@ -142,7 +142,7 @@ def may_pass(error: Any) -> bool:
     state = getattr(error, "sqlstate", None)
     if state is None:
         # Without an answer of the server's there is no server: it is down, or was.
-        return type(error).__name__ in ("OperationalError", "ConnectionTimeout")
+        return type(error).__name__ in ("OperationalError", "ConnectionTimeout", _NO_ANSWER)
     # 08: connection; 53: disk, memory or connections used up; 57: shutting down, or starting; 58: its disk.
     return state in _PASSING or state[:2] in ("08", "53", "57", "58")
 
@@ -234,8 +234,54 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     options = engine_options(settings, serving)
     engine = sa.create_engine(url(settings), poolclass=sa.NullPool, hide_parameters=True, **options)
     connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    driver: Any = connection.connection.dbapi_connection
+    if serving:
+        driver.wait = partial(_wait, driver)
     connection.exec_driver_sql(_KEEPALIVES)
     return connection
+
+
+def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:
+    waiting.step_aside()
+    was_silent = _is_silent.is_set()
+    # One is enough to see whether it answers again.
+    if was_silent and not _one_tries.acquire(blocking=False):
+        raise dialect.loaded_dbapi.OperationalError("it did not answer, and is asked whether it does again")
+    try:
+        return dialect.connect(*arguments, **options)
+    except dialect.loaded_dbapi.errors.ConnectionTimeout:
+        _is_silent.set()
+        raise
+    finally:
+        if was_silent:
+            _one_tries.release()
+
+
+def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None = None) -> Any:
+    """The driver's own, which waits for the server's answer: but not for ever, and not in others' way."""
+    seconds = SHORT_ANSWER_TIMEOUT if _is_silent.is_set() else ANSWER_TIMEOUT
+    try:
+        answer = type(driver).wait(driver, _stepping_aside(steps), PROMPT, seconds)
+    except Exception as error:
+        if type(error).__name__ == _NO_ANSWER:
+            _is_silent.set()
+            driver.close()  # what comes late would be taken for the next answer
+        raise
+    _is_silent.clear()
+    return answer
+
+
+def _stepping_aside(steps: Any) -> Any:
+    """What the driver waits for, step by step; it is told nothing when it has waited a while for one."""
+    try:
+        state = next(steps)
+        while True:
+            ready = yield state
+            if not ready:
+                waiting.step_aside()
+            state = steps.send(ready)
+    except StopIteration as end:
+        return end.value
 
 
 def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
@@ -249,7 +295,7 @@ def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
 
 def _on_connect(dialect: sa.Dialect, serving: bool, driver: Any, record: Any) -> None:
     if serving:
-        driver.wait = _waiting_our_way(driver, dialect.loaded_dbapi.OperationalError)
+        driver.wait = partial(_wait, driver)
     try:
         record.info["is_far"] = min(_prepare(driver)) > FAR
     except dialect.loaded_dbapi.Error as error:
@@ -270,34 +316,6 @@ def _prepare(driver: Any) -> list[float]:
         driver.execute(statement)
         took.append(time.perf_counter() - began)
     return took
-
-
-def _waiting_our_way(driver: Any, failure: type[Exception]) -> Callable[..., Any]:
-    """What steps aside when the driver waits, and waits not for ever: a server may hang, or a network."""
-
-    def wait(answering: Generator[int, int, Any], *args: Any, **kwargs: Any) -> Any:
-        # psycopg's protocol: it yields whether it waits to read (1) or write (2), and is sent which it can.
-        poll = select.poll()
-        try:
-            wanted = next(answering)
-            while True:
-                poll.register(driver.fileno(), _EVENTS[wanted])
-                found = poll.poll(PROMPT)
-                if not found:
-                    waiting.step_aside()
-                    patience = SHORT_PATIENCE if _is_silent.is_set() else PATIENCE
-                    found = poll.poll(patience)
-                if not found:
-                    _is_silent.set()
-                    driver.close()
-                    raise failure(f"PostgreSQL has not answered for {patience // 1000} seconds")
-                _is_silent.clear()
-                ready = found[0][1]
-                wanted = answering.send(bool(ready & ~select.POLLOUT) | bool(ready & select.POLLOUT) << 1)
-        except StopIteration as end:
-            return end.value
-
-    return wait
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:

@@ -64,7 +64,9 @@ class Board:
         """Room for `length` numbers; whose place is whose is told by locks on a nameless file in `folder`."""
         self._stride = length + 1  # the first tells whose place it is
         self._cells = memoryview(mmap.mmap(-1, PLACES * self._stride * 8)).cast("d")
-        self._claims = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as the board is
+        # A command on PostgreSQL may have no folder, and is one process only.
+        claims = tempfile.TemporaryFile(dir=folder if folder.is_dir() else None)  # noqa: SIM115
+        self._claims = claims  # open as long as the board is
         weakref.finalize(self, self._claims.close)
         self._lock = threading.Lock()
         self._process = 0

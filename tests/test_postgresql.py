@@ -40,6 +40,7 @@ import events
 import postgresql
 import prepared
 import throttle
+import waiting
 from app import create_app
 from config import HERE, SettingError
 from database import may_pass, writing
@@ -280,7 +281,7 @@ def test_a_server_that_hangs_is_given_up(
     app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = operator.create()
-    monkeypatch.setattr(postgresql, "PATIENCE", 300)
+    monkeypatch.setattr(postgresql, "ANSWER_TIMEOUT", 0.3)
     with app.app_context():
         hanging = prepared._kept().link.driver.info.backend_pid
     os.kill(hanging, signal.SIGSTOP)
@@ -353,10 +354,45 @@ def test_the_doctor_of_a_database_that_is_gone_says_so_once(tmp_path: Path) -> N
     assert "\n" not in failed
 
 
-def run_beside(work: Callable[[], Any]) -> Any:
+def test_a_server_waits_for_postgresqls_answer_but_not_for_ever(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "ANSWER_TIMEOUT", 0.5)
+    stepped_aside = threading.Event()
+    sleeping = sa.func.pg_sleep(sa.bindparam("seconds"))
+    sleep = prepared.Prepared(sa.select(sa.cast(sleeping, sa.Text).label("slept")))
+
+    def ask_it() -> list[float]:
+        waiting.before_waiting(stepped_aside.set)
+        took = []
+        with app.app_context():
+            for _ in range(2):
+                began = time.monotonic()
+                with pytest.raises(sa.exc.DBAPIError) as failed:
+                    sleep.first(seconds=30)
+                took.append(time.monotonic() - began)
+                assert may_pass(failed.value)
+            assert sleep.first(seconds=0) is not None
+            assert not postgresql._is_silent.is_set()
+        return took
+
+    app = make_app()
+    assert [round(seconds, 1) for seconds in run_beside(ask_it, seconds=10)] == [0.5, 0.5]
+    assert stepped_aside.is_set()
+
+
+def test_a_command_needs_no_folder(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app()
+    url = on_postgresql.url_of(tmp_path / "instance")
+    command = create_app(settings_for(tmp_path / "none", DATABASE_URL=url, ADMIN_TOKEN=ADMIN_TOKEN))
+    assert command.test_client().get("/api/agents", headers=OPERATOR).status_code == 200
+    assert not (tmp_path / "none").exists()
+
+
+def run_beside(work: Callable[[], Any], seconds: float = 5) -> Any:
     """What it returns in another thread, whose connection is another."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result(5)
+        return pool.submit(work).result(seconds)
 
 
 @pytest.mark.parametrize(("durable", "level"), [(True, "on"), (False, "off")])
