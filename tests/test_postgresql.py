@@ -216,17 +216,16 @@ def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
 
 
 def test_following_events_outlives_a_restart_of_postgresql(operator: Operator, tmp_path: Path) -> None:
-    command = [HERE / "lanyard", "events", "tail", "-n", "0"]
+    operator.create()
+    command = [HERE / "lanyard", "events", "tail", "-n", "1"]
     environment, pipe = environment_of(tmp_path / "instance"), subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stderr
-        until = time.monotonic() + 10
-        while end_connections(tmp_path / "instance", "lanyard command%") == 0 and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(1.5)  # in which it looks
-        operator.create()
         assert json.loads(process.stdout.readline())["type"] == "agent.created"
+        assert end_connections(tmp_path / "instance", "lanyard command%") == 1
+        operator.call("POST", json={"name": "another"})
+        assert json.loads(process.stdout.readline())["data"]["agent_name"] == "another"
         process.terminate()
         assert "Traceback" not in process.stderr.read()
 
