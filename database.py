@@ -48,7 +48,7 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
     Whatever was read before is read again under the lock, so no transaction ever upgrades from
     reading to writing, which is where SQLite's "database is locked" comes from.
 
-    :param durable: fsync at the commit; without it a power cut, or a crash of PostgreSQL's, may undo the commit.
+    :param durable: fsync at the commit; without it a power cut, or PostgreSQL's crash, may undo it.
     :param patient: wait some seconds for the lock; else give up soon.
     """
     db.session.rollback()

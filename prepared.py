@@ -148,7 +148,7 @@ def writing(*, durable: bool) -> Iterator[Link]:
     So the statements inside must each be right whatever another does between them: they change rows
     only if those are still what was read (`WHERE`), and the first such row is locked till the end.
 
-    :param durable: fsync at the commit; without it a power cut, or a crash of PostgreSQL's, may undo the commit.
+    :param durable: fsync at the commit; without it a power cut, or PostgreSQL's crash, may undo it.
     """
     kept = _kept()
     link = kept.link
