@@ -20,8 +20,10 @@ from config import SettingError, Settings
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
-ANSWER_TIMEOUT = 30.0  # seconds a server waits for an answer; of one who says nothing any more, soon less
-SHORT_ANSWER_TIMEOUT = 1.0
+ANSWER_TIMEOUT = (
+    15.0  # seconds a server waits for an answer (gunicorn ends a worker that stands still for 30)
+)
+SHORT_ANSWER_TIMEOUT = 1.0  # the same from then on, until one comes
 PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
 FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 

@@ -83,9 +83,9 @@ def ask(server: Server, path: str, **fields: str) -> requests.Response:
 
 
 def end_connections(folder: Path, name: str = "lanyard server%") -> int:
-    """What a restart of PostgreSQL does to those who use the database."""
+    """What a restart of PostgreSQL does to those who use the database: when this returns, they are gone."""
     ending = (
-        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name LIKE :name"
     )
     with engine_of(folder).connect() as connection:
