@@ -36,6 +36,7 @@ SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
 PROMPT = 0.005  # seconds after which a thread that waits for the lock lets another one answer
 SHORTEST_SLEEP = 0.0001  # seconds
+LONGEST_SLEEP = 0.005  # seconds: who looked ever more seldom would starve beside those who have just come
 
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
@@ -122,7 +123,7 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
                     raise
             if waited > PROMPT:
                 waiting.step_aside()
-            time.sleep(max(SHORTEST_SLEEP, waited / 4))
+            time.sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
     finally:
         driver.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 

@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flask.testing import FlaskClient
 import database
 import models
 import postgresql
+import prepared
 import sqlite
 from app import create_app
 from database import writing
@@ -134,6 +136,24 @@ def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
         other.close()
         assert operator.call("POST", json={"name": "x"}).status_code == 201
     assert waited == [True, False, True, False]
+
+
+def test_who_waits_for_the_lock_is_not_starved_by_those_who_come_after(app: Flask) -> None:
+    until = time.monotonic() + 2.5
+
+    def write() -> float:
+        longest = 0.0
+        with app.app_context():
+            while (began := time.monotonic()) < until:
+                with prepared.writing(durable=False):
+                    longest = max(longest, time.monotonic() - began)
+                    time.sleep(0.001)
+                time.sleep(0.004)  # what else a request does
+        return longest
+
+    with ThreadPoolExecutor(8) as pool:
+        waits = [one.result() for one in [pool.submit(write) for _ in range(8)]]
+    assert max(waits) < 1.5
 
 
 def test_an_error_rolls_everything_back(app: Flask) -> None:
