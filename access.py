@@ -29,10 +29,10 @@ _FORWARDING_HEADERS = re.compile(
 )
 
 
-def init_app(app: Flask, settings: Settings) -> None:
+def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
     """Learn the admin token, trust the proxies the settings name, and guard local mode."""
     app.extensions[_EXTENSION] = (
-        _GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings)
+        _GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings, serving=serving)
     )
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
@@ -95,10 +95,13 @@ class KeptToken:
     :raises SettingError: at the start, when the file holds none that will do.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, serving: bool) -> None:
         self._path = admin_token_file(settings)
-        _ensure_admin_token(self._path)
-        self._read: tuple[object, str | None] = (self._stamp(), read_admin_token(self._path))
+        # A command may have another folder than the server, when the database is not in it.
+        self._read: tuple[object, str | None] = (None, None)
+        if serving:
+            _ensure_admin_token(self._path)
+            self._read = (self._stamp(), read_admin_token(self._path))
 
     def now(self) -> str | None:
         """The token; None, which nothing matches, while the file is gone or holds none that will do."""

@@ -386,7 +386,7 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
         columns = (Agent.name, Agent.description, Agent.owner)
         found = [column.icontains(query["q"], autoescape=True) for column in columns]
         if credentials.begins_client_id(query["q"]):
-            found.append(Agent.client_id.istartswith(query["q"], autoescape=True))
+            found.append(Agent.client_id.startswith(query["q"], autoescape=True))
         filters.append(sa.or_(*found))
     return filters
 

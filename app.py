@@ -95,15 +95,10 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
             f" {settings.database_file}."
         )
-    its = database.ways(settings)
     try:
-        # Another server that runs may lack the key that secrets would be sealed with.
-        is_alone = serving and not its.is_serving(settings)
-        if serving:
-            its.mark_serving(app, settings)
-        fill = partial(_fill_database, serving, is_alone)
+        fill = partial(_fill_database, serving)
         database.init_database(app, settings, serving=serving, fill=fill)
-        access.init_app(app, settings)
+        access.init_app(app, settings, serving=serving)
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -111,11 +106,14 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         raise SettingError(f"The database {settings.database_name} cannot be used: {reason}.") from None
 
 
-def _fill_database(serving: bool, is_alone: bool) -> None:
+def _fill_database(serving: bool, is_first: bool) -> None:
     keys.ensure_signing_key(follow_setting=serving)
     vault.check_all()
-    if is_alone:
+    # Another server that runs may lack the key that secrets would be sealed with.
+    if is_first:
         vault.reseal_all()
+    elif serving and vault.late():
+        log.warning("Another server runs: secrets stay sealed as they are, until one is started alone.")
 
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.

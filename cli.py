@@ -287,23 +287,24 @@ def _tail(lines: int, follow: bool) -> None:
     schema = schemas.Event()
     newest = sa.select(Event).order_by(Event.pk.desc()).limit(lines)
     seen = db.session.scalar(sa.select(sa.func.max(Event.pk))) or 0
+    shown = set(db.session.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
     for event in reversed(db.session.scalars(newest).all()):
         click.echo(json.dumps(schema.dump(event)))
-    shown = set(db.session.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
+        shown.add(event.pk)
     while follow and not _reader_leaves_within(FOLLOW_EVERY):
-        for event in _new_events(seen - BEHIND):
-            if event.pk not in shown:
-                click.echo(json.dumps(schema.dump(event)))
-                shown.add(event.pk)
+        for event in _new_events(seen - BEHIND, shown):
+            click.echo(json.dumps(schema.dump(event)))
+            shown.add(event.pk)
         seen = max([seen, *shown])
         shown = {pk for pk in shown if pk > seen - BEHIND}
 
 
-def _new_events(pk: int) -> Iterator[Event]:
-    """Events numbered above `pk`, oldest first; none while the database does not answer."""
+def _new_events(pk: int, shown: set[int]) -> Iterator[Event]:
+    """Events numbered above `pk` but for those, oldest first; none while the database does not answer."""
+    new = sa.select(Event).where(Event.pk > pk, Event.pk.not_in(shown)).order_by(Event.pk)
     try:
         db.session.rollback()
-        yield from db.session.scalars(sa.select(Event).where(Event.pk > pk).order_by(Event.pk))
+        yield from db.session.scalars(new)
     except DBAPIError as error:
         if not may_pass(error):
             raise

@@ -66,19 +66,25 @@ def writing(*, durable: bool = True, patient: bool = True) -> Iterator[sa.Connec
 
 
 def init_database(
-    app: Flask, settings: Settings, *, serving: bool, fill: Callable[[], None], may_change: bool | None = None
+    app: Flask,
+    settings: Settings,
+    *,
+    serving: bool,
+    fill: Callable[[bool], None],
+    may_change: bool | None = None,
 ) -> None:
     """Bind the app to its database, and make its tables on the first start.
 
     :param serving: a server starts.
-    :param fill: called once the tables are there, inside a write transaction.
+    :param fill: called once the tables are there, inside a write transaction, with whether this is a
+        server that starts while no other runs.
     :param may_change: whether the schema may be changed; unless it says, a server alone may.
     :raises SettingError: when the schema is not this code's and cannot be made so.
     """
     its = ways(settings)
     app.config["SQLALCHEMY_DATABASE_URI"] = its.url(settings)
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-        # One connection for each thread, never more: gunicorn's threads are what bounds them.
+        # One of these for each thread, never more: gunicorn's threads are what bounds them.
         "pool_size": settings.threads,
         "max_overflow": -1,
         # Parameters hold hashes and tokens' hashes; errors that reach the log must not.
@@ -90,11 +96,14 @@ def init_database(
         its.listen(db.engine, serving)
         sa.event.listen(db.engine, "begin", _on_begin)
         with its.alone(settings):
+            is_first = serving and not its.is_serving(settings)
+            if serving:
+                its.mark_serving(app, settings)
             its.open_database(settings)
             may_change = serving if may_change is None else may_change
             upgrade.bring_up_to_date(db.engine, settings, may_change=may_change)
             with writing():
-                fill()
+                fill(is_first)
         # gunicorn forks after this: no connection may cross the fork.
         db.engine.dispose()
 

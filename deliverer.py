@@ -17,6 +17,7 @@ from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
 import clock
+import complaints
 import events
 import postgresql
 import sqlite
@@ -165,7 +166,7 @@ class Deliverer:
 
 def _complain(what: str, error: Exception) -> None:
     # Where the database failed is no news when it is locked or full: one line will do.
-    log.error("%s: %s", what, getattr(error, "orig", error), exc_info=None if may_pass(error) else error)
+    log.error("%s: %s", what, complaints.sentence(error), exc_info=None if may_pass(error) else error)
 
 
 def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:

@@ -262,6 +262,9 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
 
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     lives = keys.lives(connection.execute(keys.NEWEST_FIRST).all())
+    if not lives:
+        yield Finding(FAIL, "keys", "There is no signing key: start the server, or import an instance.")
+        return
     signing = next(key for key in lives if key.state in ("signing", "gone"))
     age = clock.now() - signing.signs_from
     told = f"{signing.alg} key {signing.kid[:8]}… signs since {clock.rfc3339(signing.signs_from)}"
@@ -288,7 +291,9 @@ def _look_at_seals(connection: sa.Connection, settings: Settings) -> Iterator[Fi
     late = [text for text in stored if fernets and not vault.is_sealed(text, fernets[0])]
     if late:
         yield Finding(
-            WARN, "secrets", f"{len(late)} of {len(stored)} are not encrypted with the newest key: restart."
+            WARN,
+            "secrets",
+            f"{len(late)} of {len(stored)} are not encrypted with the newest key: stop all, start one.",
         )
     elif not fernets:
         yield Finding(

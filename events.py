@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 import clock
 import credentials
+from database import may_pass
 from models import Delivery, Event, Moment, Number, Webhook, db, has_word
 from prepared import Link, Prepared, writing
 
@@ -153,9 +153,13 @@ def record_failure(client_id: str | None) -> None:
     """Record a failed authentication in a transaction of its own; few of many, for guessers are busy."""
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
-        with suppress(DBAPIError), writing(durable=False) as link:
-            told: dict[str, Any] = {"client_id": client_id} if client_id else {}
-            record("auth.failed", None, link, **told)
+        try:
+            with writing(durable=False) as link:
+                told: dict[str, Any] = {"client_id": client_id} if client_id else {}
+                record("auth.failed", None, link, **told)
+        except DBAPIError as error:
+            if not may_pass(error):
+                raise
 
 
 def caller_is(actor: str, client_id: str | None = None) -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from flask.cli import ScriptInfo
+from sqlalchemy.exc import DBAPIError
 
 import cli
+import complaints
 from app import create_app
 from config import VERSION
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The commands: what the database complains of is told in one sentence."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """click's hook."""
+        try:
+            return super().invoke(context)
+        except DBAPIError as error:
+            raise click.ClickException(f"The database: {complaints.sentence(error)}.") from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="Lanyard")
 @click.pass_context
 def lanyard(context: click.Context) -> None:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+import postgresql
 from config import Settings
 
 
@@ -24,8 +25,11 @@ def run(settings: Settings, folder: Path, newest: str | None) -> Path | None:
     """
     if settings.uses_sqlite:
         return _run_on_sqlite(settings.database_file, folder, newest)
-    engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool, hide_parameters=True)
+    options = postgresql.engine_options(settings, serving=False)
+    engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool, hide_parameters=True, **options)
     with engine.begin() as connection:
+        # An older server that still runs is in the way: better to say so than to wait for its end.
+        connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
         _upgrade(connection, folder)
     return None
 

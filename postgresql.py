@@ -96,7 +96,10 @@ def make_ready(driver: Any) -> None:
 
 
 def is_good(driver: Any, info: dict[Any, Any]) -> bool:
-    """Before it is used: whether the server has not closed the connection since, as a restarted one has."""
+    """Whether the server has not closed the connection since it was used, as a restarted one has.
+
+    Ask before each use: when the server is far away, this lets another thread answer from here on.
+    """
     if info["is_far"]:
         waiting.step_aside()
     if driver.closed:
@@ -155,24 +158,16 @@ def sizes(settings: Settings, session: Any) -> dict[str, int]:
 
 
 def mark_serving(app: Flask, settings: Settings) -> None:
-    """Nothing: the name of its connections does."""
-    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make the instance's folder, and keep a connection whose name tells others that a server runs.
 
-
-@contextmanager
-def nobody_serving(settings: Settings) -> Iterator[None]:
-    """Keep servers from starting on the database.
-
-    :raises BlockingIOError: when one runs.
+    Its workers have some soon, but not yet while they start.
     """
-    with alone(settings):
-        if is_serving(settings):
-            raise BlockingIOError
-        yield
+    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+    app.extensions["lanyard.serving"] = session(settings, serving=True).close
 
 
 def is_serving(settings: Settings) -> bool:
-    """Whether a server uses the database; its workers always have connections."""
+    """Whether a server uses the database, by the names of its connections."""
     with session(settings) as connection:
         return bool(hosts_serving(connection))
 
@@ -235,12 +230,19 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     """A connection of its own, whose locks and other doings end when it is closed."""
     options = engine_options(settings, serving)
     engine = sa.create_engine(url(settings), poolclass=sa.NullPool, hide_parameters=True, **options)
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-    driver: Any = connection.connection.dbapi_connection
     if serving:
-        driver.wait = partial(_wait, driver)
-    connection.exec_driver_sql(_KEEPALIVES)
+        sa.event.listen(engine, "connect", _bound_its_waits)
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        connection.exec_driver_sql(_KEEPALIVES)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _bound_its_waits(driver: Any, record: Any) -> None:
+    driver.wait = partial(_wait, driver)
 
 
 def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:

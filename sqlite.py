@@ -176,12 +176,18 @@ def is_serving(settings: Settings) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not (_can_have(lock) or _can_have(lock))
     finally:
         os.close(lock)
-    return False
+
+
+def _can_have(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.01)  # another may look at this moment, too
+        return False
+    return True
 
 
 class Lease:

@@ -85,8 +85,9 @@ def bring_in(settings: Settings, file: Path, *, progress: Progress) -> Header:
         database.init_database(app, settings, serving=False, may_change=is_new, fill=fill)
     except (sa.exc.DBAPIError, sqlite3.DatabaseError) as error:
         raise CrateError(f"The database cannot be used: {complaints.sentence(error)}.") from None
-    if is_new and settings.uses_sqlite:
-        _give_to_owner(settings)
+    finally:
+        if settings.uses_sqlite:
+            _give_to_owner(settings)
     return header
 
 
@@ -123,6 +124,8 @@ def _refuse_occupied(connection: sa.Connection) -> list[str]:
 
 def _give_to_owner(settings: Settings) -> None:
     live = settings.database_file
+    if not live.parent.is_dir():
+        return
     for file in live.parent.glob(f"{live.name}*"):
         give_to_owner_of(live.parent, file)
 
@@ -198,7 +201,7 @@ def _look_through(file: Path, progress: Progress) -> Header:
         return unpacked.header
 
 
-def _fill(file: Path, progress: Progress) -> None:
+def _fill(file: Path, progress: Progress, is_first: bool) -> None:
     """Put all rows of the file into the database; in a write transaction on the session."""
     connection = db.session.connection()
     _refuse_if_serving(config.settings())

@@ -34,7 +34,7 @@ file_argument = click.argument("file", type=click.Path(path_type=Path))
 def show_admin_token() -> None:
     """Print the admin token."""
     settings = config.settings()
-    click.echo(settings.admin_token or access.read_admin_token(access.admin_token_file(settings)))
+    click.echo(settings.admin_token or access.read_admin_token(_admin_token_file(settings)))
 
 
 @admin_token.command("rotate")
@@ -45,7 +45,7 @@ def rotate_admin_token() -> None:
         raise click.ClickException(
             "The admin token is what LANYARD_ADMIN_TOKEN says: change it there, and restart the server."
         )
-    file = access.admin_token_file(settings)
+    file = _admin_token_file(settings)
     access.rotate_admin_token(file)
     console.note(f"The new admin token is in {file}. The old one is dead.")
 
@@ -131,6 +131,8 @@ def bring_in(file: Path, as_json: bool) -> None:
 @with_appcontext
 def purge(vacuum: bool, as_json: bool) -> None:
     """Delete all that has expired, now; the server does so by and by."""
+    if vacuum and not config.settings().uses_sqlite:
+        raise click.ClickException("PostgreSQL looks after its files by itself: leave --vacuum out.")
     deleted: Counter[str] = Counter()
     with console.progress("Deleting", housekeeping.count_expired()) as bar:
         for batch in housekeeping.purge():
@@ -167,6 +169,13 @@ def examine(as_json: bool) -> None:
 COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, export, bring_in, purge, examine)
 
 
+def _admin_token_file(settings: Settings) -> Path:
+    file = access.admin_token_file(settings)
+    if not file.exists():
+        raise click.ClickException(f"There is no {file}: LANYARD_INSTANCE must be a server's, started once.")
+    return file
+
+
 def _settings() -> Settings:
     """The app's; a command that must work without a sound database has no app."""
     return config.settings() if has_app_context() else Settings.from_env()
@@ -194,8 +203,6 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _vacuum(settings: Settings) -> None:
-    if not settings.uses_sqlite:
-        raise click.ClickException("PostgreSQL looks after its files by itself: leave --vacuum out.")
     connection: Any
     with closing(sqlite3.connect(settings.database_file, timeout=30, isolation_level=None)) as connection:
         connection.execute("VACUUM")

@@ -44,16 +44,20 @@ def check_all() -> None:
 
 def reseal_all() -> None:
     """Seal anew what the first key does not seal yet; in the caller's transaction."""
-    if current_app.extensions[_EXTENSION] is None:
-        return
-    late = [found for found in _stored() if not is_sealed(found[2], current_app.extensions[_FIRST])]
-    for column, pk, stored in late:
+    found = late()
+    for column, pk, stored in found:
         sealed = {column.key: seal(unseal(stored))}
         db.session.execute(sa.update(column.class_).where(column.class_.pk == pk).values(sealed))
-    if any(not is_sealed(stored) for _, _, stored in late):
+    if any(not is_sealed(stored) for _, _, stored in found):
         log.warning(
             "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
         )
+
+
+def late() -> list[tuple[Any, int, str]]:
+    """The secrets that the first key does not seal yet: column, row's number, and what is stored."""
+    first: Fernet | None = current_app.extensions[_FIRST]
+    return [] if first is None else [found for found in _stored() if not is_sealed(found[2], first)]
 
 
 def _stored() -> list[tuple[Any, int, str]]:

@@ -20,7 +20,7 @@ import wall
 from config import settings
 from database import newest_page, writing
 from models import Delivery, Webhook, db
-from wire import Blueprint, Problem
+from wire import Blueprint, Problem, is_text
 
 MAX_RETRIES = 9  # as many as the schedule has
 
@@ -190,7 +190,9 @@ def _check_url(fields: dict[str, Any]) -> None:
 
 
 def _find(webhook_id: str) -> Webhook:
-    webhook = db.session.scalar(sa.select(Webhook).where(Webhook.id == webhook_id))
+    # PostgreSQL has no NUL in texts.
+    known = is_text(webhook_id)
+    webhook = db.session.scalar(sa.select(Webhook).where(Webhook.id == webhook_id)) if known else None
     if webhook is None:
         raise Problem(404, "not_found", "No webhook has this id.")
     return webhook

@@ -69,7 +69,7 @@ def _connection(process: int) -> psycopg.Connection[Any]:
 
 def _program(name: str) -> str | None:
     """One of PostgreSQL's own, of the newest version there is."""
-    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
     return shutil.which(name, path=os.pathsep.join([*map(str, reversed(places)), os.environ["PATH"]]))
 
 
@@ -79,9 +79,10 @@ def main() -> int:
     if found is None:
         print("There is no PostgreSQL here to run the tests on: apt-get install postgresql", file=sys.stderr)
         return 1
-    # In memory, where there is such a folder.
+    # In memory, where there is room.
     shared = Path("/dev/shm")  # noqa: S108
-    folder = Path(tempfile.mkdtemp(prefix="lanyard-", dir=shared if shared.is_dir() else None))
+    has_room = shared.is_dir() and shutil.disk_usage(shared).free > 4 * 1024**3
+    folder = Path(tempfile.mkdtemp(prefix="lanyard-", dir=shared if has_room else None))
     # PostgreSQL will not be root.
     account = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
     shutil.chown(folder, account)

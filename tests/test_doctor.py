@@ -178,9 +178,9 @@ def test_the_next_signing_key(make_app: Callable[..., Flask], tmp_path: Path) ->
     ("sealed_with", "given", "level", "told"),
     [
         ("", "", WARN, "in clear"),
-        ("", KEY, WARN, "restart"),
+        ("", KEY, WARN, "start one"),
         (KEY, KEY, OK, "newest key"),
-        (KEY, f"{OTHER_KEY},{KEY}", WARN, "restart"),
+        (KEY, f"{OTHER_KEY},{KEY}", WARN, "start one"),
         (KEY, OTHER_KEY, FAIL, "add the key"),
         (KEY, "", FAIL, "add the key"),
     ],

@@ -67,6 +67,30 @@ def hosts(tmp_path: Path, first_start: Path) -> Iterator[list[Server]]:
         server.stop()
 
 
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    """What a test broke makes the next one's app impatient, which is of the same process."""
+    yield
+    postgresql._is_stuck.clear()
+    postgresql._is_silent.clear()
+
+
+@pytest.mark.parametrize("path", ["", "/deliveries", "/deliveries/%00"])
+def test_what_postgresql_cannot_keep_names_nothing(app: Flask, path: str) -> None:
+    answer = app.test_client().get(f"/api/webhooks/%00{path}", headers=OPERATOR)
+    assert answer.status_code == 404, answer.text
+
+
+def test_a_command_makes_no_admin_token(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app()
+    url = on_postgresql.url_of(tmp_path / "instance")
+    command = create_app(settings_for(tmp_path / "none", DATABASE_URL=url, ADMIN_TOKEN=""))
+    shown = command.test_cli_runner().invoke(args=["admin-token", "show"])
+    assert shown.exit_code == 1
+    assert "There is no" in shown.output
+    assert not (tmp_path / "none").exists()
+
+
 def call(server: Server, method: str, path: str, **kwargs: Any) -> requests.Response:
     """The operator's call."""
     return requests.request(method, f"{server.url}{path}", headers=OPERATOR, **kwargs)
@@ -201,12 +225,12 @@ def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operato
 def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
     app: Flask, operator: Operator, tmp_path: Path
 ) -> None:
-    command = [HERE / "lanyard", "events", "tail", "-n", "0"]
+    command = [HERE / "lanyard", "events", "tail", "-n", "1"]
     environment = environment_of(tmp_path / "instance")
     agent = operator.create()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
-        time.sleep(2)
+        assert json.loads(process.stdout.readline())["type"] == "agent.created"
         with app.app_context(), prepared.writing(durable=True) as link:
             events.record("token.revoked", None, link)
             assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
@@ -392,7 +416,7 @@ def test_a_server_waits_for_postgresqls_answer_but_not_for_ever(
         return took
 
     app = make_app()
-    assert [round(seconds, 1) for seconds in run_beside(ask_it, seconds=10)] == [0.5, 0.5]
+    assert all(0.5 <= seconds < 0.95 for seconds in run_beside(ask_it, seconds=10))
     assert stepped_aside.is_set()
 
 
