@@ -10,9 +10,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import InstrumentedAttribute
 
+import complaints
 import postgresql
 import sqlite
 import upgrade
@@ -113,16 +113,8 @@ def begin_writing(dialect: sa.Dialect, driver: Any, info: dict[Any, Any], **opti
 
     :param info: the engine's notes on that connection.
     """
-    try:
+    with complaints.as_sqlalchemys(dialect):
         _ways_of(dialect).begin_writing(driver, info, **options)
-    except dialect.loaded_dbapi.Error as error:
-        raise wrap(error, dialect) from error
-
-
-def wrap(error: Exception, dialect: sa.Dialect) -> Exception:
-    """A driver's error as SQLAlchemy's, by which everyone here knows it."""
-    base: Any = dialect.loaded_dbapi.Error
-    return DBAPIError.instance(None, None, error, base, hide_parameters=True, dialect=dialect)
 
 
 def may_pass(error: Exception) -> bool:

@@ -188,7 +188,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             yield from _look_at_references(connection)
             yield from _look_at_rows(connection, settings)
     except sa.exc.DatabaseError as error:
-        yield Finding(FAIL, "database", f"{file} cannot be read: {error.orig}.")
+        yield Finding(FAIL, "database", f"{file} cannot be read: {complaints.sentence(error)}.")
 
 
 def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:

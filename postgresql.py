@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from flask import Flask
 
+import complaints
 import waiting
 from config import SettingError, Settings
 
@@ -300,11 +301,8 @@ def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
 def _on_connect(dialect: sa.Dialect, serving: bool, driver: Any, record: Any) -> None:
     if serving:
         driver.wait = partial(_wait, driver)
-    try:
+    with complaints.as_sqlalchemys(dialect):
         record.info["is_far"] = min(_prepare(driver)) > FAR
-    except dialect.loaded_dbapi.Error as error:
-        base: Any = dialect.loaded_dbapi.Error
-        raise sa.exc.DBAPIError.instance(None, None, error, base, hide_parameters=True) from error
 
 
 def _prepare(driver: Any) -> list[float]:

@@ -1,7 +1,7 @@
 """Statements made ready once and run on the driver itself: for what agents call all day.
 
 They are SQLAlchemy Core's, over the same tables; only running them is the driver's, at a sixth of
-the time (README, Speed). Management takes the session.
+the time (README, Performance). Management takes the session.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from flask import Flask, current_app
 
+import complaints
 import database
 from config import settings
 from models import db
@@ -44,19 +45,15 @@ class Prepared:
     def run(self, link: Link, **values: Any) -> Any:
         """The same in the caller's transaction."""
         compiled = self._compiled_for(link.dialect)
-        try:
+        with complaints.as_sqlalchemys(link.dialect):
             rows = link.driver.execute(compiled.sql, compiled.bound(values)).fetchall()
-        except link.dialect.loaded_dbapi.Error as error:
-            raise database.wrap(error, link.dialect) from error
         return compiled.row(rows[0]) if rows else None
 
     def change(self, link: Link, **values: Any) -> int:
         """Run it in the caller's transaction; returns how many rows it changed."""
         compiled = self._compiled_for(link.dialect)
-        try:
+        with complaints.as_sqlalchemys(link.dialect):
             changed: int = link.driver.execute(compiled.sql, compiled.bound(values)).rowcount
-        except link.dialect.loaded_dbapi.Error as error:
-            raise database.wrap(error, link.dialect) from error
         return changed
 
     def _compiled_for(self, dialect: sa.Dialect) -> _Compiled:
@@ -117,15 +114,13 @@ class _Kept:
         dialect = db.engine.dialect
         its = database.ways(settings())
         self._is_good = its.is_good
-        try:
+        with complaints.as_sqlalchemys(dialect):
             connection = db.engine.raw_connection()
             connection.detach()
             self.link = Link(connection.dbapi_connection, dialect)
             self.info = connection.info
             self.process = os.getpid()
             its.make_ready(self.link.driver)
-        except dialect.loaded_dbapi.Error as error:
-            raise database.wrap(error, dialect) from error
 
     def is_good(self) -> bool:
         """Whether it still leads somewhere, and was not inherited: a connection must not cross a fork."""
@@ -158,18 +153,12 @@ def writing(*, durable: bool) -> Iterator[Link]:
             link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False
         )
         yield link
-        _commit(link)
+        with complaints.as_sqlalchemys(link.dialect):
+            link.driver.commit()
     except BaseException:
         with suppress(link.dialect.loaded_dbapi.Error):  # the first error is the one to tell
             link.driver.rollback()
         raise
-
-
-def _commit(link: Link) -> None:
-    try:
-        link.driver.commit()
-    except link.dialect.loaded_dbapi.Error as error:
-        raise database.wrap(error, link.dialect) from error
 
 
 def _kept() -> _Kept:

@@ -23,7 +23,7 @@ import housekeeping
 import transfer
 from config import Settings
 from console import Room, as_json
-from crate import CrateError
+from crate import CrateError, Header
 
 admin_token = Room("admin-token", help="The operator's token.")
 
@@ -101,8 +101,8 @@ def export(file: Path, force: bool, as_json: bool) -> None:
     if as_json:
         console.show_json({"file": str(file.absolute()), "bytes": file.stat().st_size, "rows": header.rows})
     else:
-        told = ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
-        console.note(f"{config.settings().database_name} is in {file}, which is as secret: {told}.")
+        name = config.settings().database_name
+        console.note(f"{name} is in {file}, which is as secret: {_what_is_in(header)}.")
 
 
 @click.command("import")
@@ -116,8 +116,8 @@ def bring_in(file: Path, as_json: bool) -> None:
     if as_json:
         console.show_json({"file": str(file.absolute()), "rows": header.rows})
         return
-    told = ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
-    console.note(f"{settings.database_name} is now what was exported at {header.exported_at}: {told}.")
+    name, told = settings.database_name, _what_is_in(header)
+    console.note(f"{name} is now what was exported at {header.exported_at}: {told}.")
     console.note(
         "What is in no database must be carried over too: the admin token"
         f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if there is one,"
@@ -167,6 +167,10 @@ def examine(as_json: bool) -> None:
 
 
 COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, export, bring_in, purge, examine)
+
+
+def _what_is_in(header: Header) -> str:
+    return ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
 
 
 def _admin_token_file(settings: Settings) -> Path:

@@ -106,6 +106,12 @@ def ask(server: Server, path: str, **fields: str) -> requests.Response:
     return requests.post(f"{server.url}/oauth/{path}", json=fields)
 
 
+def subscribe(host: Server, receiver: Receiver) -> None:
+    """Have the receiver told of every new agent."""
+    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
+    assert call(host, "POST", "/api/webhooks", json=hook).status_code == 201
+
+
 def end_connections(folder: Path, name: str = "lanyard server%") -> int:
     """What a restart of PostgreSQL does to those who use the database: when this returns, they are gone."""
     ending = (
@@ -166,8 +172,7 @@ def test_webhooks_are_delivered_once_among_hosts(
     receive: Callable[..., Receiver],  # noqa: F811
 ) -> None:
     receiver = receive()
-    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
-    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    subscribe(hosts[0], receiver)
     for _ in range(30):
         for host in hosts:
             register(host)
@@ -181,8 +186,7 @@ def test_when_a_host_dies_another_delivers(
     receive: Callable[..., Receiver],  # noqa: F811
 ) -> None:
     receiver = receive()
-    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
-    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    subscribe(hosts[0], receiver)
     register(hosts[0])
     receiver.wait_for(lambda: len(receiver.ids()) == 1)
     for process in [hosts[0].process.pid, *hosts[0].workers()]:
@@ -197,8 +201,7 @@ def test_after_a_restart_of_postgresql_no_request_fails(
     receive: Callable[..., Receiver],  # noqa: F811
 ) -> None:
     receiver = receive()
-    hook = {"name": "hook", "url": receiver.url, "events": ["agent.created"]}
-    assert call(hosts[0], "POST", "/api/webhooks", json=hook).status_code == 201
+    subscribe(hosts[0], receiver)
     agent = register(hosts[0])
     for _ in range(3):
         for _ in range(4):
