@@ -8,19 +8,18 @@ import os
 import re
 from pathlib import Path
 
-from flask import Flask, current_app, request
+from flask import Flask, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import credentials
 import tally
 import throttle
-from config import SettingError, Settings, check_admin_token, settings
+from config import SettingError, Settings, check_admin_token, settings, state
 from files import give_to_owner_of, sync_folder
 from wire import Problem, parse_authorization
 
 log = logging.getLogger("lanyard")
 
-_EXTENSION = "lanyard.admin_token"
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 _FORWARDING_HEADERS = re.compile(
     r"forwarded|via|x-forwarded.*|x-original-.*|x-real-ip|(x-)?(cluster-)?client-ip"
@@ -31,8 +30,8 @@ _FORWARDING_HEADERS = re.compile(
 
 def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
     """Learn the admin token, trust the proxies the settings name, and guard local mode."""
-    app.extensions[_EXTENSION] = (
-        _GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings, serving=serving)
+    state(app).admin_token = (
+        GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings, serving=serving)
     )
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
@@ -66,7 +65,7 @@ def carries_admin_token() -> bool:
 
 
 def _is_admin_token(text: str) -> bool:
-    right = current_app.extensions[_EXTENSION].now()
+    right = state().admin_token.now()
     is_right = right is not None and credentials.same(text, right)
     # An agent's access token that has expired is no guess at the admin token.
     if text.startswith("eyJ"):
@@ -79,7 +78,7 @@ def _is_admin_token(text: str) -> bool:
     return is_right
 
 
-class _GivenToken:
+class GivenToken:
     """The admin token that the settings give: the same as long as the process lives."""
 
     def __init__(self, token: str) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import sqlalchemy as sa
 
 import bearer
-import clock
 import credentials
 import events
 import schemas
-from database import newest_page, writing
-from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, has_word
+from database import newest_page, reading, writing
+from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
 from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
@@ -49,20 +48,19 @@ def list_agents(query: dict[str, Any]) -> dict[str, Any]:
 
 @management.get(_ONE)
 @management.response(200, schemas.AgentAnswer)
-def show_agent(agent_id: str) -> dict[str, Agent]:
+def show_agent(agent_id: str) -> dict[str, Any]:
     """One agent."""
-    return {"agent": find(agent_id)}
+    with reading() as connection:
+        return {"agent": find(connection, agent_id)}
 
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
 @management.response(200, schemas.AgentAnswer)
-def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Change what is given, leave the rest."""
-    with writing():
-        agent = find(agent_id)
-        _set_fields(agent, fields)
-        events.record("agent.updated", agent, changed=sorted(_public_names(fields)))
+    with writing() as connection:
+        agent = update(connection, find(connection, agent_id), fields)
     return {"agent": agent}
 
 
@@ -98,7 +96,7 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 @management.post(_ONE + "/deactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
-def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Switch the agent off: the kill switch."""
     return change(agent_id, deactivate)
 
@@ -106,31 +104,34 @@ def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
 @management.post(_ONE + "/reactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
-def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
+def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Bring the agent back, but none of its old tokens."""
     return change(agent_id, reactivate)
 
 
 @management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
-def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
+def list_secrets(agent_id: str) -> dict[str, Any]:
     """The agent's live client secrets, without their text."""
-    statement = _live_secrets(find(agent_id)).order_by(ClientSecret.pk.desc())
-    return {"secrets": db.session.scalars(statement).all()}
+    with reading() as connection:
+        mine = _live_secrets(find(connection, agent_id))
+        secrets = sa.select(ClientSecret).where(*mine).order_by(ClientSecret.pk.desc())
+        return {"secrets": connection.execute(secrets).all()}
 
 
 @management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Remove one client secret at once."""
-    with writing():
-        agent = find(agent_id)
-        secret = db.session.scalar(_live_secrets(agent).where(ClientSecret.id == secret_id))
-        if secret is None:
+    with writing() as connection:
+        agent = find(connection, agent_id)
+        mine = _live_secrets(agent)
+        if not connection.execute(
+            sa.delete(ClientSecret).where(*mine, ClientSecret.id == secret_id)
+        ).rowcount:
             raise Problem(404, "not_found", "This agent has no live secret with this id.")
-        db.session.delete(secret)
-        agent.updated_at = clock.now()
-        events.record("agent.updated", agent, changed=["secrets"])
+        _set(connection, agent, updated_at=now())
+        events.record(connection, "agent.updated", agent, changed=["secrets"])
 
 
 @self_service.get("")
@@ -144,15 +145,8 @@ def show_me() -> dict[str, Any]:
 @self_service.response(200, schemas.Usage)
 def show_my_usage() -> dict[str, Any]:
     """What the agent did: totals, rotations, and the last thirty days."""
-    agent = bearer.current_agent()
-    return {
-        "token_count": agent.token_count,
-        "refresh_count": agent.refresh_count,
-        "last_activity_at": agent.last_activity_at,
-        "last_token_issued_at": agent.last_token_issued_at,
-        "rotation_history": _rotations(agent),
-        "daily": _daily_usage(agent),
-    }
+    with reading() as connection:
+        return usage(connection, bearer.current_agent())
 
 
 @self_service.post("/rotate")
@@ -161,8 +155,8 @@ def show_my_usage() -> dict[str, Any]:
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
     secret = credentials.checker().make()
-    with writing():
-        rotate(_myself(), secret, rotated_by="self", **fields)
+    with writing() as connection:
+        rotate(connection, _myself(connection), secret, rotated_by="self", **fields)
     return {"client_secret": secret.text}
 
 
@@ -171,9 +165,8 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
     """Switch the calling agent off; only an operator can bring it back."""
-    with writing():
-        agent = _myself()
-        deactivate(agent)
+    with writing() as connection:
+        agent = deactivate(connection, _myself(connection))
     return {"message": "This agent is deactivated. Only an operator can reactivate it.", "agent": agent}
 
 
@@ -181,44 +174,72 @@ def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
 @self_service.response(204)
 def delete_me() -> None:
     """Delete the calling agent and all its tokens."""
-    with writing():
-        delete(_myself())
+    with writing() as connection:
+        delete(connection, _myself(connection))
 
 
 def create(fields: dict[str, Any]) -> dict[str, Any]:
     """Register an agent.
 
     :param fields: as `schemas.AgentCreate` loads them.
-    :returns: what `schemas.AgentCreated` tells; no secret for an agent that signs in by its keys.
+    :returns: what `schemas.AgentCreated` shows; no secret for an agent that signs in by its keys.
     """
     by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
     secret = None if by_key else credentials.checker().make()
-    with writing():
-        agent = _new_agent(fields)
+    row = {"id": str(uuid.uuid4()), "client_id": credentials.new_client_id(), "created_at": now()}
+    row |= {"scopes": [], "audiences": [], "metadata": {}, **_columns(fields)}
+    with writing() as connection:
+        agent = connection.execute(sa.insert(Agent).values(row).returning(Agent)).one()
         if secret:
-            _add_secret(agent, secret)
-        events.record("agent.created", agent)
+            _add_secret(connection, agent, secret)
+        events.record(connection, "agent.created", agent)
     created = {"agent": agent, "client_id": agent.client_id}
     return created | {"client_secret": secret.text} if secret else created
 
 
 def page(query: dict[str, Any]) -> dict[str, Any]:
-    """A page of agents, as `schemas.AgentPage` tells it; `query` as `schemas.AgentQuery` loads it."""
-    found, following = newest_page(sa.select(Agent).where(*_filters(query)), Agent.pk, query)
+    """A page of agents, as `schemas.AgentPage` shows it; `query` as `schemas.AgentQuery` loads it."""
+    with reading() as connection:
+        found, following = newest_page(connection, sa.select(Agent).where(*_filters(query)), Agent.pk, query)
     return {"agents": found, "next": following}
 
 
+def usage(connection: sa.Connection, agent: Any) -> dict[str, Any]:
+    """Totals, rotations and the last thirty days of an agent, as `schemas.Usage` shows them."""
+    return {
+        "token_count": agent.token_count,
+        "refresh_count": agent.refresh_count,
+        "last_activity_at": agent.last_activity_at,
+        "last_token_issued_at": agent.last_token_issued_at,
+        "rotation_history": _rotations(connection, agent),
+        "daily": _daily_usage(connection, agent),
+    }
+
+
+def update(connection: sa.Connection, agent: Any, fields: dict[str, Any]) -> Any:
+    """Change an agent's fields, as `schemas.AgentUpdate` loads them; returns the changed row."""
+    if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
+        raise Problem(409, "conflict", "This agent proves itself by its keys: give it others, not none.")
+    # An agent that comes back from its expiry brings no old tokens along, as with a reactivation.
+    if "expires_in" in fields and agent.expires_at is not None and agent.expires_at <= now():
+        _end_tokens(connection, agent)
+    agent = _set(connection, agent, **_columns(fields))
+    events.record(connection, "agent.updated", agent, changed=sorted(fields))
+    return agent
+
+
 def rotate(
-    agent: Agent,
+    connection: sa.Connection,
+    agent: Any,
     secret: credentials.NewSecret,
     *,
     rotated_by: str,
     grace_period: int = 0,
     revoke_tokens: bool = False,
 ) -> None:
-    """Make `secret` the agent's, in the caller's transaction.
+    """Make `secret` the agent's client secret.
 
-    :param secret: made before the transaction: bcrypt under the write lock would hold everybody up.
+    :param secret: made before the transaction: bcrypt under the write lock would block every other writer.
     :param grace_period: seconds the old secrets live on.
     :param revoke_tokens: end every token of the agent, for a leak.
     """
@@ -226,161 +247,134 @@ def rotate(
         raise Problem(
             409, "conflict", "This agent has no client secret: PATCH its jwks to give it other keys."
         )
-    now = clock.now()
     if grace_period:
-        ends_at = now + timedelta(seconds=grace_period)
-        for old in db.session.scalars(_live_secrets(agent)):
-            old.expires_at = min(ends_at, old.expires_at or ends_at)
+        ends_at = now() + timedelta(seconds=grace_period)
+        lives_longer = sa.or_(ClientSecret.expires_at.is_(None), ClientSecret.expires_at > ends_at)
+        shortened = sa.update(ClientSecret).where(*_live_secrets(agent), lives_longer)
+        connection.execute(shortened.values(expires_at=ends_at))
     else:
-        db.session.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
-    _add_secret(agent, secret)
-    _note_rotation(agent, rotated_by)
-    if rotated_by == "self":
-        agent.last_activity_at = now
+        connection.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
+    _add_secret(connection, agent, secret)
+    _add_rotation(connection, agent, rotated_by)
     if revoke_tokens:
-        _end_tokens(agent)
-    agent.updated_at = now
-    told: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
-    events.record("agent.credentials_rotated", agent, rotated_by=rotated_by, **told)
+        _end_tokens(connection, agent)
+    activity = {"last_activity_at": now()} if rotated_by == "self" else {}
+    _set(connection, agent, updated_at=now(), **activity)
+    facts: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
+    events.record(connection, "agent.credentials_rotated", agent, rotated_by=rotated_by, **facts)
 
 
-def deactivate(agent: Agent) -> None:
-    """Switch the agent off, and end its tokens for good; in the caller's transaction."""
-    if agent.is_active:
-        agent.is_active = False
-        agent.updated_at = clock.now()
-        _end_tokens(agent)
-        events.record("agent.deactivated", agent)
-
-
-def reactivate(agent: Agent) -> None:
-    """Switch the agent on again; in the caller's transaction."""
-    now = clock.now()
-    if agent.expires_at is not None and agent.expires_at <= now:
-        raise Problem(409, "conflict", "This agent has expired: give it a new expires_in first.")
+def deactivate(connection: sa.Connection, agent: Any) -> Any:
+    """Switch the agent off and end its tokens for good; returns the changed row."""
     if not agent.is_active:
-        agent.is_active = True
-        agent.updated_at = now
-        events.record("agent.reactivated", agent)
+        return agent
+    _end_tokens(connection, agent)
+    agent = _set(connection, agent, is_active=False, updated_at=now())
+    events.record(connection, "agent.deactivated", agent)
+    return agent
 
 
-def delete(agent: Agent) -> None:
-    """Delete the agent with all its tokens; in the caller's transaction."""
-    events.record("agent.deleted", agent)
-    db.session.delete(agent)
+def reactivate(connection: sa.Connection, agent: Any) -> Any:
+    """Switch the agent on again; returns the changed row."""
+    if agent.expires_at is not None and agent.expires_at <= now():
+        raise Problem(409, "conflict", "This agent has expired: give it a new expires_in first.")
+    if agent.is_active:
+        return agent
+    agent = _set(connection, agent, is_active=True, updated_at=now())
+    events.record(connection, "agent.reactivated", agent)
+    return agent
+
+
+def delete(connection: sa.Connection, agent: Any) -> None:
+    """Delete the agent with all its tokens."""
+    events.record(connection, "agent.deleted", agent)
+    connection.execute(sa.delete(Agent).where(Agent.pk == agent.pk))
 
 
 def rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
-    """Give the agent a new client secret, as `schemas.Rotate` loads how."""
+    """Give the agent a new client secret; `fields` as `schemas.Rotate` loads them."""
     secret = credentials.checker().make()
-    with writing():
-        rotate(find(agent_id), secret, rotated_by="admin", **fields)
+    with writing() as connection:
+        rotate(connection, find(connection, agent_id), secret, rotated_by="admin", **fields)
     return {"client_secret": secret.text}
 
 
 def delete_by_operator(agent_id: str) -> None:
     """Delete the agent and all its tokens."""
-    with writing():
-        delete(find(agent_id))
+    with writing() as connection:
+        delete(connection, find(connection, agent_id))
 
 
-def change(agent_id: str, act: Callable[[Agent], None]) -> dict[str, Agent]:
+def change(agent_id: str, act: Callable[[sa.Connection, Any], Any]) -> dict[str, Any]:
     """Do `deactivate` or `reactivate` to the agent, in a transaction of its own."""
-    with writing():
-        agent = find(agent_id)
-        act(agent)
-    return {"agent": agent}
+    with writing() as connection:
+        return {"agent": act(connection, find(connection, agent_id))}
 
 
-def find(agent_id: str) -> Agent:
+def find(connection: sa.Connection, agent_id: str) -> Any:
     """The agent with this id.
 
     :raises Problem: 404.
     """
-    agent = db.session.scalar(sa.select(Agent).where(Agent.id == agent_id))
+    agent = connection.execute(sa.select(Agent).where(Agent.id == agent_id)).first()
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
     return agent
 
 
-def _myself() -> Agent:
+def _myself(connection: sa.Connection) -> Any:
     """The calling agent, checked again under the write lock: it may have died since."""
     bearer.require_agent()
-    return find(bearer.current_agent().id)
+    return find(connection, bearer.current_agent().id)
 
 
-def _new_agent(fields: dict[str, Any]) -> Agent:
-    now = clock.now()
-    agent = Agent(
-        id=str(uuid.uuid4()),
-        client_id=credentials.new_client_id(),
-        scopes=[],
-        audiences=[],
-        metadata_={},
-        created_at=now,
-    )
-    _set_fields(agent, fields)
-    db.session.add(agent)
-    db.session.flush()
-    return agent
+def _columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """The columns that hold the fields of `schemas.AgentFields`."""
+    columns = {**fields, "updated_at": now()}
+    if "expires_in" in columns:
+        seconds = columns.pop("expires_in")
+        columns["expires_at"] = None if seconds is None else now() + timedelta(seconds=seconds)
+    return columns
 
 
-def _set_fields(agent: Agent, fields: dict[str, Any]) -> None:
-    if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
-        raise Problem(409, "conflict", "This agent proves itself by its keys: give it others, not none.")
-    agent.updated_at = clock.now()
-    for name, value in fields.items():
-        if name == "expires_in":
-            _set_expiry(agent, value)
-        else:
-            setattr(agent, name, value)
+def _set(connection: sa.Connection, agent: Any, **columns: Any) -> Any:
+    changed = sa.update(Agent).where(Agent.pk == agent.pk).values(columns).returning(Agent)
+    return connection.execute(changed).one()
 
 
-def _public_names(fields: dict[str, Any]) -> list[str]:
-    return [name.rstrip("_") for name in fields]
+def _add_secret(connection: sa.Connection, agent: Any, secret: credentials.NewSecret) -> None:
+    row = {"id": str(uuid.uuid4()), "agent_pk": agent.pk, "hint": secret.hint, "hash": secret.hash}
+    connection.execute(sa.insert(ClientSecret), {**row, "created_at": now()})
 
 
-def _set_expiry(agent: Agent, expires_in: int | None) -> None:
-    now = clock.now()
-    # An agent that comes back from its expiry brings no old tokens along, as with a reactivation.
-    if agent.expires_at is not None and agent.expires_at <= now:
-        _end_tokens(agent)
-    agent.expires_at = None if expires_in is None else now + timedelta(seconds=expires_in)
-
-
-def _add_secret(agent: Agent, secret: credentials.NewSecret) -> None:
-    row = ClientSecret(id=str(uuid.uuid4()), hint=secret.hint, hash=secret.hash, created_at=clock.now())
-    row.agent_pk = agent.pk
-    db.session.add(row)
-
-
-def _note_rotation(agent: Agent, rotated_by: str) -> None:
+def _add_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> None:
     mine = Rotation.agent_pk == agent.pk
     shown = sa.select(Rotation.pk).where(mine).order_by(Rotation.pk.desc()).limit(ROTATIONS_SHOWN - 1)
-    db.session.execute(sa.delete(Rotation).where(mine, Rotation.pk.not_in(shown)))
-    db.session.add(Rotation(agent_pk=agent.pk, rotated_at=clock.now(), rotated_by=rotated_by))
+    connection.execute(sa.delete(Rotation).where(mine, Rotation.pk.not_in(shown)))
+    row = {"agent_pk": agent.pk, "rotated_at": now(), "rotated_by": rotated_by}
+    connection.execute(sa.insert(Rotation), row)
 
 
-def _end_tokens(agent: Agent) -> None:
-    agent.token_version += 1
-    db.session.execute(sa.delete(RefreshFamily).where(RefreshFamily.agent_pk == agent.pk))
+def _end_tokens(connection: sa.Connection, agent: Any) -> None:
+    _set(connection, agent, token_version=Agent.token_version + 1)
+    connection.execute(sa.delete(RefreshFamily).where(RefreshFamily.agent_pk == agent.pk))
 
 
-def _live_secrets(agent: Agent) -> sa.Select[ClientSecret]:
-    return sa.select(ClientSecret).where(ClientSecret.agent_pk == agent.pk, ClientSecret.live(clock.now()))
+def _live_secrets(agent: Any) -> tuple[sa.ColumnElement[bool], ...]:
+    return ClientSecret.agent_pk == agent.pk, ClientSecret.live(now())
 
 
 def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
-    now = clock.now()
+    moment = now()
     filters: list[sa.ColumnElement[bool]] = []
     if query["is_active"] is not None:
-        filters.append(Agent.live(now) if query["is_active"] else sa.not_(Agent.live(now)))
+        filters.append(Agent.live(moment) if query["is_active"] else sa.not_(Agent.live(moment)))
     if query["scope"] is not None:
         filters.append(has_word(Agent.scopes, query["scope"]))
     if query["owner"] is not None:
         filters.append(Agent.owner == query["owner"])
     if query["stale_days"] is not None:
-        since = now - timedelta(days=query["stale_days"])
+        since = moment - timedelta(days=query["stale_days"])
         filters.append(sa.func.coalesce(Agent.last_activity_at, Agent.created_at) < since)
     if query["q"] is not None:
         columns = (Agent.name, Agent.description, Agent.owner)
@@ -391,15 +385,15 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     return filters
 
 
-def _rotations(agent: Any) -> Sequence[Rotation]:
+def _rotations(connection: sa.Connection, agent: Any) -> Sequence[Any]:
     statement = sa.select(Rotation).where(Rotation.agent_pk == agent.pk).order_by(Rotation.pk.desc())
-    return db.session.scalars(statement.limit(ROTATIONS_SHOWN)).all()
+    return connection.execute(statement.limit(ROTATIONS_SHOWN)).all()
 
 
-def _daily_usage(agent: Any) -> list[UsageDay]:
+def _daily_usage(connection: sa.Connection, agent: Any) -> list[Any]:
     """The last thirty days, today last, the idle ones with zeros."""
-    today = clock.now().date()
+    today = now().date()
     days = [today - timedelta(days=back) for back in range(USAGE_DAYS - 1, -1, -1)]
     statement = sa.select(UsageDay).where(UsageDay.agent_pk == agent.pk, UsageDay.day >= days[0])
-    used = {row.day: row for row in db.session.scalars(statement)}
-    return [used.get(day) or UsageDay(day=day, tokens_issued=0, tokens_refreshed=0) for day in days]
+    used = {row.day: row for row in connection.execute(statement)}
+    return [used.get(day) or {"day": day, "tokens_issued": 0, "tokens_refreshed": 0} for day in days]

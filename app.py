@@ -17,9 +17,7 @@ from werkzeug.exceptions import HTTPException
 
 import access
 import agents
-import bearer
-import cli
-import complaints
+import config
 import credentials
 import database
 import events
@@ -32,12 +30,12 @@ import metadata
 import metrics
 import oauth
 import openapi
-import prepared
 import reference
 import tally
-import vault
+import upgrade
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
+from models import NEWEST_KEY, DecryptionError, db
 from wire import MAX_BODY, Blueprint, Problem
 
 log = logging.getLogger("lanyard")
@@ -63,10 +61,10 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     settings = settings or Settings.from_env()
     app = Flask(__name__, static_folder=None, instance_path=str(settings.instance))
     app.config.update(
-        LANYARD=settings,
         MAX_CONTENT_LENGTH=MAX_BODY + 1,
         PROVIDE_AUTOMATIC_OPTIONS=False,
     )
+    config.init_app(app, settings)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     # First of all: a request that local mode refuses has an id too, and a line in the log.
@@ -74,14 +72,10 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     events.init_app(app)
     headers.init_app(app, settings)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
-    vault.init_app(app, settings)
-    prepared.init_app(app)
     _open_instance(app, settings, serving)
-    bearer.init_app(app, settings)
     oauth.init_app(app, settings)
     metadata.init_app(app, settings)
     housekeeping.init_app(app)
-    cli.init_app(app)
     _register_routes(app)
     _register_error_handlers(app)
     metrics.init_app(app)
@@ -96,24 +90,33 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
             f" {settings.database_file}."
         )
     try:
-        fill = partial(_fill_database, serving)
-        database.init_database(app, settings, serving=serving, fill=fill)
+        prepare = partial(_prepare_database, settings, serving)
+        database.init_database(app, settings, serving=serving, prepare=prepare)
         access.init_app(app, settings, serving=serving)
+    except DecryptionError as error:
+        raise SettingError(f"{error}.") from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
-        reason = complaints.sentence(error)
+        reason = database.error_text(error)
         raise SettingError(f"The database {settings.database_name} cannot be used: {reason}.") from None
 
 
-def _fill_database(serving: bool, is_first: bool) -> None:
-    keys.ensure_signing_key(follow_setting=serving)
-    vault.check_all()
-    # Another server that runs may lack the key that secrets would be sealed with.
-    if is_first:
-        vault.reseal_all()
-    elif serving and vault.late():
-        log.warning("Another server runs: secrets stay sealed as they are, until one is started alone.")
+def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None:
+    """Bring the schema up to date, make the first key, encrypt what must be."""
+    upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
+    with database.writing() as connection:
+        keys.ensure_signing_key(connection, follow_setting=serving)
+        outdated = database.check_encryption(connection)
+        # Another server that runs may lack the key that secrets would be encrypted with.
+        if is_first and database.encrypt_again(connection):
+            log.warning(
+                "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
+            )
+        elif serving and not is_first and outdated:
+            log.warning(
+                "Another server runs: secrets stay encrypted as they are, until one is started alone."
+            )
 
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
@@ -150,7 +153,7 @@ def health() -> dict[str, str]:
 def ready() -> dict[str, str]:
     """Answers 200 when the database gives a write lock and there is a key to sign with."""
     with database.writing(durable=False) as connection:
-        newest = connection.scalar(sa.select(keys.NEWEST_KEY))
+        newest = connection.scalar(sa.select(NEWEST_KEY))
         if newest is None:
             headers = {"Retry-After": "1"}
             raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
@@ -173,7 +176,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(DBAPIError, _answer_database_error)
-    app.register_error_handler(SettingError, _answer_setting_error)
+    app.register_error_handler(DecryptionError, _answer_decryption_error)
     app.register_error_handler(Exception, _answer_crash)
 
 
@@ -198,16 +201,16 @@ def _answer_http_error(error: HTTPException) -> Response:
 
 
 def _answer_database_error(error: DBAPIError) -> Response:
-    if not database.may_pass(error):
+    if not database.is_transient(error):
         return _answer_crash(error)
-    log.error("The database does not answer: %s.", complaints.sentence(error))
+    log.error("The database does not answer: %s.", database.error_text(error))
     text = "The database does not answer just now. Try again shortly."
     return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
 
 
-def _answer_setting_error(error: SettingError) -> Response:
-    """One that shows late: another server has sealed a secret with a key that this one lacks."""
-    log.error("A setting will not do: %s", error.message)
+def _answer_decryption_error(error: DecryptionError) -> Response:
+    """Another server has encrypted a secret with a key that this one lacks."""
+    log.error("%s.", error)
     text = "This server is not set up to answer. Its log says why."
     return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "60"}))
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import clock
 from config import Settings
 from files import give_to_owner_of, sync_folder
-from models import Base
+from models import Base, now
 from sqlite import nobody_serving, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
@@ -181,7 +180,7 @@ def _set_aside(target: Path) -> Path | None:
         _drop_companions(target)
         return None
     _make_single(target)
-    aside = target.with_name(f"{target.name}.replaced-{clock.now():%Y%m%dT%H%M%SZ}")
+    aside = target.with_name(f"{target.name}.replaced-{now():%Y%m%dT%H%M%SZ}")
     if aside.exists():
         raise BackupError(f"There is a {aside} already: move it away.")
     os.link(target, aside)

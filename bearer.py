@@ -11,23 +11,20 @@ from authlib.oauth2.rfc6749 import MissingAuthorizationError, UnsupportedTokenTy
 from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError
 from authlib.oauth2.rfc9068 import JWTBearerTokenValidator
 from authlib.oauth2.rfc9068.claims import JWTAccessTokenClaims
-from flask import Flask, current_app, g, request
+from flask import g, request
 from joserfc import jwt
 from joserfc.errors import JoseError
 from sqlalchemy import bindparam
 
 import access
-import clock
 import events
 import keys
 import tally
-from config import Settings, settings
-from models import Agent, RevokedToken, SigningKey, is_live
-from prepared import Prepared
+from config import settings
+from database import reading
+from models import Agent, RevokedToken, SigningKey, is_live, now
 from wire import Problem
 
-_EXTENSION = "lanyard.bearer"
-_ANY_AUDIENCE = "lanyard.bearer.any_audience"
 ADMIN_SCOPE = "admin"
 _INVALID = "The access token has expired, was revoked, is malformed or not for here, or its agent is off."
 
@@ -78,11 +75,11 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         if str(token.header.get("typ")).lower() not in ("at+jwt", "application/at+jwt"):
             raise InvalidTokenError()
         try:
-            token.validate(now=int(clock.now().timestamp()))
+            token.validate(now=int(now().timestamp()))
         except JoseError:
             raise InvalidTokenError() from None
         agent = _standing_agent(token)
-        if agent is None or not is_live(agent, clock.now()):
+        if agent is None or not is_live(agent, now()):
             raise InvalidTokenError()
         # A scope taken from the agent is gone from its older tokens too.
         held = [scope for scope in token["scope"].split() if scope in agent.scopes]
@@ -91,17 +88,14 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         token.agent, token.scopes = agent, held
 
 
-_COLUMNS = [column.label(name) for name, column in sa.inspect(Agent).columns.items()]
-
-
 def _decode(token_string: str) -> jwt.Token:
     # The key is ours by its `kid`; a `jwk` or `jku` in the header is never used (RFC 8725 §3.10).
     return jwt.decode(token_string, keys.find_key, registry=keys.SIGNING_ALGORITHMS)
 
 
 # The agent of a token, unless the token, its grant, its version or its key has been ended since.
-_STANDING_AGENT = Prepared(
-    sa.select(*_COLUMNS)
+_STANDING_AGENT = (
+    sa.select(Agent)
     .join(SigningKey, SigningKey.kid == bindparam("kid"))
     .where(
         Agent.client_id == bindparam("client_id"),
@@ -120,17 +114,20 @@ def _standing_agent(token: JWTAccessTokenClaims) -> Any:
         "agent_id": token.get("agent_id"),
         "version": token.get("ver"),
     }
-    return _STANDING_AGENT.first(**values)
+    with reading() as connection:
+        return connection.execute(_STANDING_AGENT, values).first()
 
 
-def init_app(app: Flask, settings: Settings) -> None:
-    """Set up the protector for the app's issuer and audience."""
+@lru_cache(maxsize=16)
+def _validator(issuer: str, audience: str | None) -> AccessTokenValidator:
+    return AccessTokenValidator(issuer, audience)
+
+
+@lru_cache(maxsize=16)
+def _protector(issuer: str, audience: str) -> ResourceProtector:
     protector = ResourceProtector()
-    protector.register_token_validator(
-        AccessTokenValidator(issuer=settings.issuer, resource_server=settings.audience)
-    )
-    app.extensions[_EXTENSION] = protector
-    app.extensions[_ANY_AUDIENCE] = AccessTokenValidator(issuer=settings.issuer, resource_server=None)
+    protector.register_token_validator(_validator(issuer, audience))
+    return protector
 
 
 def require_agent() -> None:
@@ -158,7 +155,7 @@ def look_at(token_string: str) -> tuple[dict[str, Any], Any] | None:
 
     `scope` in the claims is what the token still holds.
     """
-    validator: AccessTokenValidator = current_app.extensions[_ANY_AUDIENCE]
+    validator = _validator(settings().issuer, None)
     try:
         token = validator.authenticate_token(token_string)
         validator.validate_token(token, None, None)
@@ -178,9 +175,10 @@ def is_admin() -> bool:
 
 
 def _require(scope: str | None) -> None:
-    protector: ResourceProtector = current_app.extensions[_EXTENSION]
     try:
-        token = protector.validate_request([scope] if scope else None, request)
+        token = _protector(settings().issuer, settings().audience).validate_request(
+            [scope] if scope else None, request
+        )
         g.agent, g.scopes = token.agent, token.scopes
     except InvalidTokenError:
         tally.count_failure("access_token")

@@ -1,4 +1,4 @@
-"""The operator's commands: agents, webhooks, signing keys, events (`./lanyard …`, `flask --app app …`)."""
+"""The operator's commands for agents, webhooks, signing keys and events."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import json
 import os
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import sqlalchemy as sa
-from flask import Flask
 from sqlalchemy.exc import DBAPIError
 
 import agents
-import complaints
 import console
 import credentials
 import keys
@@ -25,8 +23,8 @@ import schemas
 import upkeep
 import webhooks
 from console import Room, as_json
-from database import may_pass, writing
-from models import Agent, Event, db
+from database import error_text, is_transient, reading, writing
+from models import Agent, Event
 from wire import Problem, parse_json
 
 FOLLOW_EVERY = 1.0  # seconds between looks for new events
@@ -73,12 +71,6 @@ KEY_COLUMNS: console.Columns = {
 named_agent = click.argument("agent", metavar="AGENT")
 
 
-def init_app(app: Flask) -> None:
-    """Add the commands to Flask's own."""
-    for command in COMMANDS:
-        app.cli.add_command(command)
-
-
 @agent_room.command("list")
 @click.option("--active", "is_active", flag_value="true", help="Only those that may get tokens.")
 @click.option("--inactive", "is_active", flag_value="false", help="Only those switched off or expired.")
@@ -99,7 +91,9 @@ def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
 @as_json
 def show_agent(agent: str, as_json: bool) -> None:
     """One agent, named by its id or its client id."""
-    _show_agent({"agent": agents.find(_id_of(agent))}, as_json)
+    with reading() as connection:
+        found = agents.find(connection, _id_of(agent))
+    _show_agent({"agent": found}, as_json)
 
 
 def _parse_metadata(
@@ -201,7 +195,8 @@ def reactivate_agent(agent: str, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_agent(agent: str, yes: bool) -> None:
     """Delete an agent and all its tokens."""
-    found = agents.find(_id_of(agent))
+    with reading() as connection:
+        found = agents.find(connection, _id_of(agent))
     if not yes:
         question = f"Delete {console.printable(found.name)} ({found.client_id}) and all its tokens?"
         click.confirm(question, abort=True, err=True)
@@ -213,7 +208,7 @@ def delete_agent(agent: str, yes: bool) -> None:
 @as_json
 def list_webhooks(as_json: bool) -> None:
     """All webhooks, newest first."""
-    document = schemas.WebhookList().dump({"webhooks": webhooks.everyone()})
+    document = schemas.WebhookList().dump({"webhooks": webhooks.list_all()})
     _show_list(document, WEBHOOK_COLUMNS, as_json)
 
 
@@ -243,7 +238,9 @@ def redeliver(webhook: str, delivery: str, as_json: bool) -> None:
 @as_json
 def list_keys(as_json: bool) -> None:
     """Every signing key, newest first, and where it is in its life."""
-    _show_list(schemas.KeyList().dump({"keys": keys.list_keys()}), KEY_COLUMNS, as_json)
+    with reading() as connection:
+        document = schemas.KeyList().dump({"keys": keys.list_keys(connection)})
+    _show_list(document, KEY_COLUMNS, as_json)
 
 
 @signing_keys.command("rotate")
@@ -253,9 +250,9 @@ def list_keys(as_json: bool) -> None:
 @as_json
 def rotate_key(now: bool, as_json: bool) -> None:
     """Publish a new key; it signs once every verifier can know it."""
-    with writing():
-        keys.rotate(at_once=now)
-    document = schemas.KeyAnswer().dump({"key": keys.list_keys()[0]})
+    with writing() as connection:
+        keys.rotate(connection, at_once=now)
+        document = schemas.KeyAnswer().dump({"key": keys.list_keys(connection)[0]})
     if as_json:
         console.show_json(document)
     else:
@@ -285,10 +282,11 @@ def tail_events(lines: int, follow: bool) -> None:
 
 def _tail(lines: int, follow: bool) -> None:
     schema = schemas.Event()
-    newest = sa.select(Event).order_by(Event.pk.desc()).limit(lines)
-    seen = db.session.scalar(sa.select(sa.func.max(Event.pk))) or 0
-    shown = set(db.session.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
-    for event in reversed(db.session.scalars(newest).all()):
+    with reading() as connection:
+        newest = connection.execute(sa.select(Event).order_by(Event.pk.desc()).limit(lines)).all()
+        seen = connection.scalar(sa.select(sa.func.max(Event.pk))) or 0
+        shown = set(connection.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
+    for event in reversed(newest):
         click.echo(json.dumps(schema.dump(event)))
         shown.add(event.pk)
     while follow and not _reader_leaves_within(FOLLOW_EVERY):
@@ -299,16 +297,17 @@ def _tail(lines: int, follow: bool) -> None:
         shown = {pk for pk in shown if pk > seen - BEHIND}
 
 
-def _new_events(pk: int, shown: set[int]) -> Iterator[Event]:
+def _new_events(pk: int, shown: set[int]) -> Sequence[Any]:
     """Events numbered above `pk` but for those, oldest first; none while the database does not answer."""
     new = sa.select(Event).where(Event.pk > pk, Event.pk.not_in(shown)).order_by(Event.pk)
     try:
-        db.session.rollback()
-        yield from db.session.scalars(new)
+        with reading() as connection:
+            return connection.execute(new).all()
     except DBAPIError as error:
-        if not may_pass(error):
+        if not is_transient(error):
             raise
-        console.note(f"The database does not answer: {complaints.sentence(error)}.")
+        console.note(f"The database does not answer: {error_text(error)}.")
+        return []
 
 
 def _reader_leaves_within(seconds: float) -> bool:
@@ -322,7 +321,8 @@ def _id_of(agent: str) -> str:
     """An agent's id, when it is named by its client id; else what was given."""
     if not credentials.is_client_id(agent):
         return agent
-    found = db.session.scalar(sa.select(Agent.id).where(Agent.client_id == agent))
+    with reading() as connection:
+        found = connection.scalar(sa.select(Agent.id).where(Agent.client_id == agent))
     if found is None:
         raise Problem(404, "not_found", "No agent has this client id.")
     return found
@@ -332,7 +332,7 @@ def _on_or_off(row: dict[str, Any]) -> str:
     return "active" if row["is_active"] else "off"
 
 
-def _show_agent(answer: dict[str, Agent], as_json: bool) -> None:
+def _show_agent(answer: dict[str, Any], as_json: bool) -> None:
     _show_one(schemas.AgentAnswer().dump(answer), "agent", as_json)
 
 

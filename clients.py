@@ -19,15 +19,14 @@ from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
-import clock
 import credentials
 import events
 import tally
 import throttle
 from config import settings
-from keys import NEWEST_KEY, Algorithms
-from models import Agent, ClientSecret, Moment, SpentAssertion, is_live
-from prepared import Prepared, writing
+from database import reading, writing
+from keys import Algorithms
+from models import NEWEST_KEY, Agent, ClientSecret, Moment, SpentAssertion, is_live, now
 from wire import Problem, is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
@@ -52,7 +51,7 @@ COLUMNS = (
     NEWEST_KEY.label("newest_key"),
 )
 _NOW: Any = bindparam("now", type_=Moment)
-_BY_SECRET = Prepared(
+_BY_SECRET = (
     sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hash, ClientSecret.last_used_at)
     .outerjoin(
         ClientSecret,
@@ -64,8 +63,8 @@ _BY_SECRET = Prepared(
     )
     .where(Agent.client_id == bindparam("client_id"))
 )
-_BY_CLIENT_ID = Prepared(sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id")))
-_SPEND_ASSERTION = Prepared(
+_BY_CLIENT_ID = sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id"))
+_SPEND_ASSERTION = (
     insert(SpentAssertion)
     .from_select(
         ["agent_pk", "jti_hash", "expires_at"],
@@ -207,15 +206,15 @@ def _by_secret(request: OAuth2Request) -> Client:
 
 
 def _prove_secret(client_id: str, secret: str) -> Client:
-    now = clock.now()
+    moment = now()
     # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
-    row = _BY_SECRET.first(client_id=client_id, hint=hint, now=now) if hint else None
+    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if hint else None
     stored = row.hash if row else None
     if not credentials.checker().remembers(secret, stored):
         reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
         _check_secret(client_id, secret, hint, stored, reason)
-    return Client(row, now)
+    return Client(row, moment)
 
 
 def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
@@ -289,10 +288,10 @@ class ClientAssertion(JWTBearerClientAssertion):
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
         """RFC 7523 §3, with the lifetime bounded. The caller has proved its key: it is told what is wrong."""
-        now = int(clock.now().timestamp())
+        moment = int(now().timestamp())
         rules: Any = {name: {"essential": True} for name in ("iss", "sub", "aud", "exp", "jti")}
         try:
-            JWTClaimsRegistry(now, self.leeway, **rules).validate(claims)
+            JWTClaimsRegistry(moment, self.leeway, **rules).validate(claims)
         except JoseError as error:
             raise _bad_assertion(error.description.removesuffix(".")) from None
         # One audience only: an assertion made for another server must not work here too.
@@ -302,7 +301,7 @@ class ClientAssertion(JWTBearerClientAssertion):
         if claims["iss"] != claims["sub"]:
             raise _bad_assertion("iss and sub must both be the client_id")
         ends_at = self._end(claims)
-        if now >= ends_at + self.leeway or ends_at > now + ASSERTION_TTL + self.leeway:
+        if moment >= ends_at + self.leeway or ends_at > moment + ASSERTION_TTL + self.leeway:
             raise _bad_assertion(f"it is good for {ASSERTION_TTL} seconds at most")
         if not self.validate_jti(claims, claims["jti"]):
             raise _bad_assertion("its jti was used before")
@@ -319,8 +318,8 @@ class ClientAssertion(JWTBearerClientAssertion):
             "jti_hash": credentials.digest(jti),
             "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
         }
-        with writing(durable=True) as link:
-            return _SPEND_ASSERTION.change(link, **spent) == 1
+        with writing(exclusive=False) as connection:
+            return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
 
     def authenticate_client(self, client: Client) -> Client:
         """An agent with keys may use them, whatever else it may use."""
@@ -337,8 +336,13 @@ def _bad_assertion(reason: str) -> AuthenticationFailed:
 
 
 def _find_by_client_id(client_id: str) -> Client | None:
-    row = _BY_CLIENT_ID.first(client_id=client_id) if is_text(client_id) else None
-    return Client(row, clock.now()) if row else None
+    row = _first(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
+    return Client(row, now()) if row else None
+
+
+def _first(statement: sa.Select[Any], **values: Any) -> Any:
+    with reading() as connection:
+        return connection.execute(statement, values).first()
 
 
 def _basic_credentials(headers: Mapping[str, str]) -> tuple[str, str] | None:

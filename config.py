@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
-from flask import current_app
+from flask import Flask, current_app
+
+if TYPE_CHECKING:  # only `State` needs them: at run time nothing here imports another module
+    from authlib.integrations.flask_oauth2 import AuthorizationServer
+
+    from access import GivenToken, KeptToken
+    from credentials import SecretChecker
+    from keys import Keyring
 
 HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"
@@ -112,10 +120,34 @@ class Settings:
         return Path(self.database_url.removeprefix("sqlite:///"))
 
 
-def settings() -> Settings:
-    """The running app's settings."""
-    found: Settings = current_app.config["LANYARD"]
+@dataclass
+class State:
+    """What one app keeps in memory; `settings` are also at `app.config["LANYARD"]`."""
+
+    settings: Settings
+    client_secrets: SecretChecker = field(init=False)
+    admin_token: GivenToken | KeptToken = field(init=False)
+    oauth_server: AuthorizationServer = field(init=False)
+    keyring: Keyring | None = None
+    # Ends the mark by which other processes see that a server uses the database.
+    stop_serving: Callable[[], object] = lambda: None
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Give the app its settings and its state."""
+    app.config["LANYARD"] = settings
+    app.extensions["lanyard"] = State(settings)
+
+
+def state(app: Flask | None = None) -> State:
+    """Return the app's state; the running app's unless given."""
+    found: State = (app or current_app).extensions["lanyard"]
     return found
+
+
+def settings() -> Settings:
+    """Return the running app's settings."""
+    return state().settings
 
 
 def unknown_names(env: Mapping[str, str] = os.environ) -> list[str]:

@@ -17,11 +17,10 @@ from string import ascii_letters, digits
 from typing import NamedTuple
 
 import bcrypt
-from flask import Flask, current_app
+from flask import Flask
 
-import waiting
-
-_EXTENSION = "lanyard.secrets"
+from config import state
+from models import new_id
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
 _CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")
@@ -32,13 +31,12 @@ _REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
 
 def init_app(app: Flask, *, bcrypt_cost: int) -> None:
     """Give the app its checker of client secrets."""
-    app.extensions[_EXTENSION] = SecretChecker(bcrypt_cost)
+    state(app).client_secrets = SecretChecker(bcrypt_cost)
 
 
 def checker() -> SecretChecker:
     """The running app's checker of client secrets."""
-    found: SecretChecker = current_app.extensions[_EXTENSION]
-    return found
+    return state().client_secrets
 
 
 class NewSecret(NamedTuple):
@@ -51,7 +49,7 @@ class NewSecret(NamedTuple):
 
 def new_client_id() -> str:
     """A client id: `cid_` and 128 random bits."""
-    return "cid_" + secrets.token_urlsafe(16)
+    return new_id("cid_")
 
 
 def is_client_id(text: str) -> bool:
@@ -72,16 +70,6 @@ def new_jti(family_id: str) -> str:
 def grant_id(family_id: str) -> str:
     """What access tokens may show of their family: its id itself would let a service end it."""
     return urlsafe_b64encode(digest(family_id)[:12]).decode()
-
-
-def new_event_id() -> str:
-    """An event's id: `evt_` and 128 random bits."""
-    return "evt_" + secrets.token_urlsafe(16)
-
-
-def new_request_id() -> str:
-    """A request's id: `req_` and 128 random bits."""
-    return "req_" + secrets.token_urlsafe(16)
 
 
 def new_webhook_secret() -> str:
@@ -169,7 +157,6 @@ class SecretChecker:
         body = f"cs_{hint}{secrets.token_urlsafe(32)}"
         text = body + _checksum(body)
         salt = bcrypt.gensalt(self._cost)
-        waiting.step_aside()
         return NewSecret(text, hint, self._thread.submit(bcrypt.hashpw, text.encode(), salt).result())
 
     def remembers(self, secret: str, stored: bytes | None) -> bool:
@@ -185,7 +172,6 @@ class SecretChecker:
 
         :raises Busy: when there is no such row, and others wait: this one cannot be right.
         """
-        waiting.step_aside()
         if not self._turn.acquire(blocking=stored is not None):
             raise Busy
         try:

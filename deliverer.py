@@ -16,17 +16,14 @@ import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
-import clock
-import complaints
 import events
 import postgresql
 import sqlite
 import tally
-import vault
 import wall
 from config import DAY, VERSION, settings
-from database import may_pass, ways, writing
-from models import Delivery, Event, Webhook, db
+from database import backend, error_text, is_transient, reading, writing
+from models import Delivery, Event, Webhook, decrypt, now, rfc3339
 
 log = logging.getLogger("lanyard")
 
@@ -47,6 +44,32 @@ LEASE_POLL = 1.0  # seconds between tries to take over from a deliverer that die
 _ONE_WRITES = threading.Lock()
 
 
+_WEBHOOK = sa.select(
+    Webhook.pk,
+    Webhook.id,
+    Webhook.name,
+    Webhook.url,
+    Webhook.is_active,
+    Webhook.max_retries,
+    Webhook.failing_since,
+).where(Webhook.pk == sa.bindparam("webhook"))
+_PARCEL = (
+    Webhook.pk,
+    Webhook.url,
+    Webhook.failing_since,
+    # As stored: a secret that cannot be decrypted is the failure of this delivery, not of all that are due.
+    sa.type_coerce(Webhook.secret, sa.String).label("secret"),
+    sa.type_coerce(Webhook.old_secret, sa.String).label("old_secret"),
+    Webhook.old_secret_expires_at,
+    Delivery.pk.label("delivery_pk"),
+    Delivery.next_attempt_at,
+    Event.id.label("event_id"),
+    Event.type,
+    Event.created_at,
+    Event.data,
+)
+
+
 class Parcel(NamedTuple):
     """All that an attempt needs, read in one go."""
 
@@ -55,7 +78,7 @@ class Parcel(NamedTuple):
     url: str
     body: bytes
     event_id: str
-    sealed_secrets: tuple[str, ...]
+    secrets: tuple[str, ...]  # as stored
     due_at: datetime | None
     is_failing: bool
 
@@ -80,7 +103,7 @@ class Deliverer:
     def __init__(self, app: Flask) -> None:
         self._app = app
         with app.app_context():
-            self._lease: sqlite.Lease | postgresql.Lease = ways(settings()).Lease(settings())
+            self._lease: sqlite.Lease | postgresql.Lease = backend(settings()).Lease(settings())
         self._is_sure = True  # whose turn it is
         self._stopping = threading.Event()
         self._landed = threading.Event()
@@ -139,14 +162,15 @@ class Deliverer:
             flying = list(self._flying.values())
         taken = Counter(parcel.webhook for parcel in flying)
         parcels: list[Parcel] = []
-        for webhook, failing_since in _webhooks_with_something_due():
-            free, most = IN_FLIGHT - len(flying) - len(parcels), IN_FLIGHT_EACH
-            if failing_since is not None:
-                failing = sum(parcel.is_failing for parcel in [*flying, *parcels])
-                free, most = min(free, IN_FLIGHT_FAILING - failing), 1
-            places = min(free, most - taken[webhook])
-            if places > 0:
-                parcels += _parcels(webhook, places, [parcel.delivery for parcel in flying])
+        with reading() as connection:
+            for webhook, failing_since in _webhooks_with_something_due(connection):
+                free, most = IN_FLIGHT - len(flying) - len(parcels), IN_FLIGHT_EACH
+                if failing_since is not None:
+                    failing = sum(parcel.is_failing for parcel in [*flying, *parcels])
+                    free, most = min(free, IN_FLIGHT_FAILING - failing), 1
+                places = min(free, most - taken[webhook])
+                if places > 0:
+                    parcels += _parcels(connection, webhook, places, [parcel.delivery for parcel in flying])
         return parcels
 
     def _attempt(self, parcel: Parcel) -> None:
@@ -166,56 +190,57 @@ class Deliverer:
 
 def _complain(what: str, error: Exception) -> None:
     # Where the database failed is no news when it is locked or full: one line will do.
-    log.error("%s: %s", what, complaints.sentence(error), exc_info=None if may_pass(error) else error)
+    log.error("%s: %s", what, error_text(error), exc_info=None if is_transient(error) else error)
 
 
-def _webhooks_with_something_due() -> list[tuple[int, datetime | None]]:
-    due = Delivery.next_attempt_at <= clock.now()
+def _webhooks_with_something_due(connection: sa.Connection) -> list[tuple[int, datetime | None]]:
+    due = Delivery.next_attempt_at <= now()
     statement = sa.select(Webhook.pk, Webhook.failing_since).where(
         Webhook.is_active, sa.exists().where(Delivery.webhook_pk == Webhook.pk, due)
     )
-    found = [(pk, failing_since) for pk, failing_since in db.session.execute(statement)]
+    found = [(pk, failing_since) for pk, failing_since in connection.execute(statement)]
     random.shuffle(found)  # with more webhooks than places, each has its turn
     found.sort(key=lambda entry: entry[1] is not None)  # the healthy first
     return found
 
 
-def _parcels(webhook_pk: int, places: int, flying: list[int]) -> list[Parcel]:
+def _parcels(connection: sa.Connection, webhook_pk: int, places: int, flying: list[int]) -> list[Parcel]:
     statement = (
-        sa.select(Delivery, Webhook)
-        .join(Webhook, Webhook.pk == Delivery.webhook_pk)
+        sa.select(*_PARCEL)
+        .join(Delivery, Webhook.pk == Delivery.webhook_pk)
+        .join(Event, Event.pk == Delivery.event_pk)
         .where(
             Delivery.webhook_pk == webhook_pk,
-            Delivery.next_attempt_at <= clock.now(),
+            Delivery.next_attempt_at <= now(),
             Delivery.pk.not_in(flying),
         )
         .order_by(Delivery.next_attempt_at, Delivery.pk)
         .limit(places)
     )
-    return [_parcel(delivery, webhook) for delivery, webhook in db.session.execute(statement)]
+    return [_parcel(row) for row in connection.execute(statement)]
 
 
-def _parcel(delivery: Delivery, webhook: Webhook) -> Parcel:
-    secrets = [webhook.secret]
-    if webhook.old_secret and webhook.old_secret_expires_at and webhook.old_secret_expires_at > clock.now():
-        secrets.append(webhook.old_secret)
+def _parcel(row: Any) -> Parcel:
+    secrets = [row.secret]
+    if row.old_secret and row.old_secret_expires_at and row.old_secret_expires_at > now():
+        secrets.append(row.old_secret)
     return Parcel(
-        delivery.pk,
-        webhook.pk,
-        webhook.url,
-        _body(delivery.event),
-        delivery.event.id,
+        row.delivery_pk,
+        row.pk,
+        row.url,
+        _body(row),
+        row.event_id,
         tuple(secrets),
-        delivery.next_attempt_at,
-        webhook.failing_since is not None,
+        row.next_attempt_at,
+        row.failing_since is not None,
     )
 
 
-def _body(event: Event) -> bytes:
+def _body(row: Any) -> bytes:
     """The same bytes at every attempt."""
-    timestamp = clock.rfc3339(event.created_at)
-    told = {"id": event.id, "type": event.type, "timestamp": timestamp, "data": event.data}
-    return json.dumps(told, separators=(",", ":")).encode()
+    timestamp = rfc3339(row.created_at)
+    body = {"id": row.event_id, "type": row.type, "timestamp": timestamp, "data": row.data}
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _send(parcel: Parcel) -> Outcome:
@@ -234,87 +259,88 @@ def _send(parcel: Parcel) -> Outcome:
 
 
 def _headers(parcel: Parcel) -> dict[str, str]:
-    now = clock.now()
+    moment = now()
     body = parcel.body.decode()
-    signers = [Signer(vault.unseal(secret)) for secret in parcel.sealed_secrets]
-    signatures = [signer.sign(parcel.event_id, now, body) for signer in signers]
+    secrets = [decrypt(stored, settings().secret_keys) for stored in parcel.secrets]
+    signatures = [Signer(secret).sign(parcel.event_id, moment, body) for secret in secrets]
     return {
         "Content-Type": "application/json",
         "User-Agent": f"Lanyard/{VERSION}",
         "webhook-id": parcel.event_id,
-        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-timestamp": str(int(moment.timestamp())),
         "webhook-signature": " ".join(signatures),
     }
 
 
 def _settle(parcel: Parcel, outcome: Outcome) -> None:
-    """Write down how it went, and when to try again."""
-    now = clock.now()
-    with _ONE_WRITES, writing(durable=not outcome.is_success):
-        delivery = db.session.get(Delivery, parcel.delivery)
-        webhook = db.session.get(Webhook, parcel.webhook)
+    """Record how the attempt went, and when to try again."""
+    with _ONE_WRITES, writing(durable=not outcome.is_success) as connection:
+        delivery = connection.execute(sa.select(Delivery).where(Delivery.pk == parcel.delivery)).first()
+        webhook = connection.execute(_WEBHOOK, {"webhook": parcel.webhook}).first()
         if delivery is None or webhook is None:
             return  # deleted meanwhile
-        delivery.last_attempt_at = now
-        delivery.response_status, delivery.response_body = outcome.status, _without_nul(outcome.body)
-        delivery.error = _without_nul(outcome.error)
-        # A webhook that was given another address meanwhile has not failed there.
-        if webhook.url == parcel.url:
-            _judge(webhook, outcome, now)
+        changes: dict[str, Any] = {
+            "last_attempt_at": now(),
+            "response_status": outcome.status,
+            "response_body": _without_nul(outcome.body),
+            "error": _without_nul(outcome.error),
+        }
         # A redelivery that was asked for meanwhile is still to come.
         if delivery.next_attempt_at == parcel.due_at:
-            delivery.attempts += 1
-            _schedule(delivery, webhook, outcome, now)
+            changes |= _next_step(delivery.attempts + 1, webhook.max_retries, outcome)
+            tally.count_attempt(changes["status"])
+        connection.execute(sa.update(Delivery).where(Delivery.pk == delivery.pk).values(changes))
+        # A webhook that was given another address meanwhile has not failed there.
+        if webhook.url == parcel.url:
+            _judge(connection, webhook, outcome)
 
 
 def _without_nul(text: str | None) -> str | None:
-    """What a receiver said, as every database can keep it: PostgreSQL has no NUL in texts."""
+    """Text from a receiver as every database can keep it: PostgreSQL has no NUL in texts."""
     return text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def _judge(webhook: Webhook, outcome: Outcome, now: datetime) -> None:
-    if outcome.is_success:
-        webhook.failing_since = None
-        return
-    webhook.failing_since = webhook.failing_since or now
+def _judge(connection: sa.Connection, webhook: Any, outcome: Outcome) -> None:
+    """Note whether the webhook fails, and switch it off when it has failed for too long, or is gone."""
+    failing_since = None if outcome.is_success else webhook.failing_since or now()
+    reason = None
     if outcome.status == GONE:
-        _switch_off(webhook, "The receiver answered 410 Gone.")
-    elif now - webhook.failing_since >= FAILING_FOR:
-        _switch_off(webhook, "Five days of nothing but failures.")
+        reason = "The receiver answered 410 Gone."
+    elif failing_since and now() - failing_since >= FAILING_FOR:
+        reason = "Five days of nothing but failures."
+    changes: dict[str, Any] = {"failing_since": failing_since}
+    if reason and webhook.is_active:
+        changes |= {"is_active": False, "disabled_reason": reason}
+        facts: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
+        facts |= {"changed": ["is_active"], "disabled_reason": reason}
+        events.record(connection, "webhook.updated", **facts)
+    connection.execute(sa.update(Webhook).where(Webhook.pk == webhook.pk).values(changes))
 
 
-def _schedule(delivery: Delivery, webhook: Webhook, outcome: Outcome, now: datetime) -> None:
+def _next_step(attempts: int, max_retries: int, outcome: Outcome) -> dict[str, Any]:
+    """The delivery's status after so many attempts, and when to try next."""
     if outcome.is_success:
-        delivery.status, delivery.next_attempt_at = "delivered", None
-    elif outcome.status == GONE or delivery.attempts > webhook.max_retries:
-        delivery.status, delivery.next_attempt_at = "dead", None
-    else:
-        delivery.status = "retrying"
-        delivery.next_attempt_at = now + _pause(delivery.attempts, outcome.retry_after, now)
-    tally.count_attempt(delivery.status)
+        return {"status": "delivered", "attempts": attempts, "next_attempt_at": None}
+    if outcome.status == GONE or attempts > max_retries:
+        return {"status": "dead", "attempts": attempts, "next_attempt_at": None}
+    next_attempt_at = now() + _pause(attempts, outcome.retry_after)
+    return {"status": "retrying", "attempts": attempts, "next_attempt_at": next_attempt_at}
 
 
-def _pause(attempts: int, retry_after: str | None, now: datetime) -> timedelta:
-    asked = _asked_pause(retry_after, now) if retry_after else None
+def _pause(attempts: int, retry_after: str | None) -> timedelta:
+    asked = _asked_pause(retry_after) if retry_after else None
     if asked is not None:
         return timedelta(seconds=min(max(asked, SCHEDULE[0]), DAY))
     pause = SCHEDULE[min(attempts, len(SCHEDULE)) - 1]
     return timedelta(seconds=pause * (1 + JITTER * random.random()))  # noqa: S311 - nobody gains by guessing it
 
 
-def _asked_pause(retry_after: str, now: datetime) -> float | None:
+def _asked_pause(retry_after: str) -> float | None:
     """RFC 9110 §10.2.3: seconds, or a date."""
     text = retry_after.strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
     try:
-        return (parsedate_to_datetime(text) - now).total_seconds()
-    except (ValueError, TypeError):
+        return (parsedate_to_datetime(text) - now()).total_seconds()
+    except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _switch_off(webhook: Webhook, reason: str) -> None:
-    if webhook.is_active:
-        webhook.is_active, webhook.disabled_reason = False, reason
-        told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
-        events.record("webhook.updated", changed=["is_active"], disabled_reason=reason, **told)

@@ -12,19 +12,16 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from cryptography.fernet import Fernet
 
 import access
 import backup
-import clock
-import complaints
 import keys
 import postgresql
 import sqlite
-import vault
 import wall
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
-from models import Agent, Delivery, Event, SigningKey, Webhook
+from database import error_text, stored_secrets
+from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now, rfc3339
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
@@ -188,7 +185,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             yield from _look_at_references(connection)
             yield from _look_at_rows(connection, settings)
     except sa.exc.DatabaseError as error:
-        yield Finding(FAIL, "database", f"{file} cannot be read: {complaints.sentence(error)}.")
+        yield Finding(FAIL, "database", f"{file} cannot be read: {error_text(error)}.")
 
 
 def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
@@ -206,7 +203,7 @@ def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
                 return
             yield from _look_at_rows(connection, settings)
     except sa.exc.DBAPIError as error:
-        yield Finding(FAIL, "database", f"{name} cannot be read: {complaints.sentence(error)}.")
+        yield Finding(FAIL, "database", f"{name} cannot be read: {error_text(error)}.")
 
 
 def _look_at_promises(connection: sa.Connection) -> Iterator[Finding]:
@@ -238,7 +235,7 @@ def _look_at_references(connection: sa.Connection) -> Iterator[Finding]:
 
 
 def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    now = clock.now()
+    at = now()
     newest_event = sa.select(Event.created_at).order_by(Event.pk.desc()).limit(1)
     moments = [
         connection.scalar(sa.select(sa.func.max(Agent.updated_at))),
@@ -246,18 +243,18 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
         connection.scalar(sa.select(sa.func.max(SigningKey.created_at))),
         connection.scalar(newest_event),
     ]
-    latest = max((moment for moment in moments if moment), default=now)
-    if now < BUILT:
-        yield Finding(FAIL, "clock", f"It is not {clock.rfc3339(now)}: set the clock.")
-    elif latest > now + CLOCK_LEEWAY:
+    latest = max((moment for moment in moments if moment), default=at)
+    if at < BUILT:
+        yield Finding(FAIL, "clock", f"It is not {rfc3339(at)}: set the clock.")
+    elif latest > at + CLOCK_LEEWAY:
         yield Finding(
             WARN,
             "clock",
-            f"The database knows of {clock.rfc3339(latest)}, the clock shows {clock.rfc3339(now)}:"
+            f"The database knows of {rfc3339(latest)}, the clock shows {rfc3339(at)}:"
             " set the clock, or, if it is right now, know that some things will expire late.",
         )
     else:
-        yield Finding(OK, "clock", f"{clock.rfc3339(now)}; nothing in the database is from the future.")
+        yield Finding(OK, "clock", f"{rfc3339(at)}; nothing in the database is from the future.")
 
 
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
@@ -266,36 +263,40 @@ def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Fin
         yield Finding(FAIL, "keys", "There is no signing key: start the server, or import an instance.")
         return
     signing = next(key for key in lives if key.state in ("signing", "gone"))
-    age = clock.now() - signing.signs_from
-    told = f"{signing.alg} key {signing.kid[:8]}… signs since {clock.rfc3339(signing.signs_from)}"
+    age = now() - signing.signs_from
+    told = f"{signing.alg} key {signing.kid[:8]}… signs since {rfc3339(signing.signs_from)}"
     coming = [key for key in lives if key.state == "published"]
     if coming:
-        yield Finding(OK, "keys", f"{told}; the next one from {clock.rfc3339(coming[0].signs_from)}.")
+        yield Finding(OK, "keys", f"{told}; the next one from {rfc3339(coming[0].signs_from)}.")
     elif lives[0].alg != settings.signing_alg:
         yield Finding(WARN, "keys", f"{told}; the next start makes one for {settings.signing_alg}.")
     elif age > KEY_AGE:
         yield Finding(WARN, "keys", f"{told}, {age.days} days: ./lanyard keys rotate")
     else:
-        due = clock.rfc3339(signing.signs_from + KEY_AGE)
+        due = rfc3339(signing.signs_from + KEY_AGE)
         yield Finding(OK, "keys", f"{told}; no next one is published, which is due by {due}.")
 
 
 def _look_at_seals(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    stored = [text for column in vault.SEALED for text in connection.scalars(sa.select(column)) if text]
-    fernets = [Fernet(key) for key in settings.secret_keys]
-    lost = [text for text in stored if _is_lost(text, fernets)]
-    if lost:
-        told = f"LANYARD_SECRET_KEY opens {len(stored) - len(lost)} of {len(stored)} secrets in the database"
-        yield Finding(FAIL, "secrets", f"{told}: add the key that the others are encrypted with.")
+    stored = [value for _, _, value in stored_secrets(connection)]
+    secret_keys = settings.secret_keys
+    unreadable = [value for value in stored if is_encrypted(value) and not is_encrypted(value, secret_keys)]
+    if unreadable:
+        count = f"{len(stored) - len(unreadable)} of {len(stored)}"
+        yield Finding(
+            FAIL,
+            "secrets",
+            f"LANYARD_SECRET_KEY decrypts {count} secrets in the database: add the key of the others.",
+        )
         return
-    late = [text for text in stored if fernets and not vault.is_sealed(text, fernets[0])]
-    if late:
+    outdated = [value for value in stored if secret_keys and not is_encrypted(value, secret_keys[:1])]
+    if outdated:
         yield Finding(
             WARN,
             "secrets",
-            f"{len(late)} of {len(stored)} are not encrypted with the newest key: stop all, start one.",
+            f"{len(outdated)} of {len(stored)} are not encrypted with the newest key: stop all, start one.",
         )
-    elif not fernets:
+    elif not secret_keys:
         yield Finding(
             WARN,
             "secrets",
@@ -303,10 +304,6 @@ def _look_at_seals(connection: sa.Connection, settings: Settings) -> Iterator[Fi
         )
     else:
         yield Finding(OK, "secrets", f"{len(stored)} that must be read back, encrypted with the newest key.")
-
-
-def _is_lost(text: str, fernets: list[Fernet]) -> bool:
-    return vault.is_sealed(text) and not any(vault.is_sealed(text, fernet) for fernet in fernets)
 
 
 def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
@@ -327,9 +324,7 @@ def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator
         for id_, count in connection.execute(dead.group_by(Webhook.pk))
     ]
     late = sa.select(sa.func.count()).select_from(Delivery).join(Webhook)
-    overdue = connection.scalar(
-        late.where(Webhook.is_active, Delivery.next_attempt_at < clock.now() - OVERDUE)
-    )
+    overdue = connection.scalar(late.where(Webhook.is_active, Delivery.next_attempt_at < now() - OVERDUE))
     if overdue:
         found.append(f"{overdue} deliveries are overdue: does the server run?")
     count = connection.scalar(sa.select(sa.func.count()).select_from(Webhook))

@@ -12,11 +12,8 @@ import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
 from sqlalchemy.exc import DBAPIError
 
-import clock
-import credentials
-from database import may_pass
-from models import Delivery, Event, Moment, Number, Webhook, db, has_word
-from prepared import Link, Prepared, writing
+from database import is_transient, writing
+from models import Delivery, Event, Moment, Number, Webhook, has_word, new_id, now
 
 TYPES = (
     "agent.created",
@@ -42,33 +39,25 @@ NOBODY = "anonymous"
 
 # It is logged and kept: a secret put there by mistake is no id.
 _REQUEST_ID = re.compile(r"(?!cs_|rt_|whsec_)[A-Za-z0-9._-]{1,64}")
-_INSERT = Prepared(
-    sa.insert(Event)
-    .values(
-        {column.name: sa.bindparam(column.name) for column in Event.__table__.columns if column.name != "pk"}
-    )
-    .returning(Event.pk)
-)
-# One row for each webhook that wants to know, written with the event: neither is lost alone.
-_OUTBOX = Prepared(
-    sa.insert(Delivery).from_select(
-        ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
-        sa.select(
-            Webhook.pk,
-            sa.bindparam("event", type_=Number),
-            sa.literal("pending"),
-            sa.literal(0),
-            sa.bindparam("now", type_=Moment),
-            sa.bindparam("now", type_=Moment),
-        ).where(
-            Webhook.is_active,
-            sa.or_(
-                has_word(Webhook.events, "*"),
-                has_word(Webhook.events, sa.bindparam("type")),
-                has_word(Webhook.events, sa.bindparam("group")),
-            ),
+_INSERT = sa.insert(Event).returning(Event.pk)
+# One row for each webhook that subscribes to the event, written with it: neither is lost without the other.
+_OUTBOX = sa.insert(Delivery).from_select(
+    ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
+    sa.select(
+        Webhook.pk,
+        sa.bindparam("event", type_=Number),
+        sa.literal("pending"),
+        sa.literal(0),
+        sa.bindparam("now", type_=Moment),
+        sa.bindparam("now", type_=Moment),
+    ).where(
+        Webhook.is_active,
+        sa.or_(
+            has_word(Webhook.events, "*"),
+            has_word(Webhook.events, sa.bindparam("type")),
+            has_word(Webhook.events, sa.bindparam("group")),
         ),
-    )
+    ),
 )
 
 
@@ -102,9 +91,9 @@ def init_app(app: Flask) -> None:
 
 
 def record(
+    connection: sa.Connection,
     type_: str,
     agent: Any = None,
-    link: Link | None = None,
     *,
     only_webhook: int | None = None,
     **data: Any,
@@ -112,17 +101,16 @@ def record(
     """Record an event in the caller's write transaction, and put it in the outbox; returns its number.
 
     :param agent: the agent it is about, an object with `id`, `name` and `client_id`.
-    :param link: what the transaction is on, unless it is the session's.
-    :param only_webhook: the row number of the webhook to tell, whatever it subscribes to.
-    :param data: what else there is to tell; never a secret, a hash or a token.
+    :param only_webhook: the row number of the webhook to notify, whatever it subscribes to.
+    :param data: further facts; never a secret, a hash or a token.
     """
     if agent is not None:
         data = {"agent_id": agent.id, "agent_name": agent.name, "client_id": agent.client_id, **data}
-    now = clock.now()
+    moment = now()
     row = {
-        "id": credentials.new_event_id(),
+        "id": new_id("evt_"),
         "type": type_,
-        "created_at": now,
+        "created_at": moment,
         "actor": OPERATOR,
         "agent_id": data.get("agent_id"),
         "address": None,
@@ -131,22 +119,14 @@ def record(
     }
     if has_request_context():
         row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
-    link = link or _session_link()
-    event_pk: int = _INSERT.run(link, **row).pk
+    event_pk: int = connection.execute(_INSERT, row).scalar_one()
     if only_webhook is not None:
-        db.session.add(
-            Delivery(webhook_pk=only_webhook, event_pk=event_pk, created_at=now, next_attempt_at=now)
-        )
+        delivery = {"webhook_pk": only_webhook, "event_pk": event_pk}
+        connection.execute(sa.insert(Delivery), {**delivery, "created_at": moment, "next_attempt_at": moment})
     else:
-        group = type_.partition(".")[0]
-        _OUTBOX.change(link, event=event_pk, now=now, type=type_, group=f"{group}.*")
+        group = f"{type_.partition('.')[0]}.*"
+        connection.execute(_OUTBOX, {"event": event_pk, "now": moment, "type": type_, "group": group})
     return event_pk
-
-
-def _session_link() -> Link:
-    db.session.flush()  # the outbox asks the tables who is subscribed now
-    connection = db.session.connection()
-    return Link(connection.connection.dbapi_connection, connection.dialect)
 
 
 def record_failure(client_id: str | None) -> None:
@@ -154,11 +134,11 @@ def record_failure(client_id: str | None) -> None:
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
         try:
-            with writing(durable=False) as link:
-                told: dict[str, Any] = {"client_id": client_id} if client_id else {}
-                record("auth.failed", None, link, **told)
+            with writing(durable=False, exclusive=False) as connection:
+                facts: dict[str, Any] = {"client_id": client_id} if client_id else {}
+                record(connection, "auth.failed", **facts)
         except DBAPIError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
 
 
@@ -169,7 +149,7 @@ def caller_is(actor: str, client_id: str | None = None) -> None:
 
 def _name_request() -> None:
     given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else credentials.new_request_id()
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req_")
 
 
 def _tell_request_id(response: Response) -> Response:

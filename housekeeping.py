@@ -12,11 +12,9 @@ import sqlalchemy as sa
 from flask import Flask, Response
 from sqlalchemy.exc import DBAPIError
 
-import clock
-import waiting
 from config import settings
-from database import may_pass, writing
-from models import Base, Event, Webhook, db
+from database import is_transient, reading, writing
+from models import Base, Event, Webhook, now
 
 log = logging.getLogger("lanyard")
 
@@ -67,8 +65,9 @@ def purge() -> Iterator[dict[str, int]]:
 
 def count_expired() -> int:
     """How many rows there are to delete."""
-    counts = [_count(Base.metadata.tables[name], _has_expired(name)) for name in _EXPIRING]
-    return sum(counts) + _count(Event.__table__, _is_old())
+    with reading() as connection:
+        counts = [_count(connection, Base.metadata.tables[name], _has_expired(name)) for name in _EXPIRING]
+        return sum(counts) + _count(connection, Event.__table__, _is_old())
 
 
 def _sweep(*, patient: bool) -> dict[str, int]:
@@ -81,22 +80,22 @@ def _sweep(*, patient: bool) -> dict[str, int]:
     # By their numbers, which grow with time: an index on it would cost every token.
     oldest = sa.select(Event.pk).order_by(Event.pk).limit(BATCH)
     deleted["events"] = _change(sa.delete(Event).where(Event.pk.in_(oldest), _is_old()), patient)
-    over = Webhook.old_secret_expires_at <= clock.now()
+    over = Webhook.old_secret_expires_at <= now()
     _change(sa.update(Webhook).where(over).values(old_secret=None, old_secret_expires_at=None), patient)
     return deleted
 
 
 def _has_expired(table: str) -> sa.ColumnElement[bool]:
     column, kept = _EXPIRING[table]
-    return Base.metadata.tables[table].c[column] <= clock.now() - kept
+    return Base.metadata.tables[table].c[column] <= now() - kept
 
 
 def _is_old() -> sa.ColumnElement[bool]:
-    return Event.created_at <= clock.now() - timedelta(days=settings().event_retention_days)
+    return Event.created_at <= now() - timedelta(days=settings().event_retention_days)
 
 
-def _count(table: sa.FromClause, expired: sa.ColumnElement[bool]) -> int:
-    return db.session.scalar(sa.select(sa.func.count()).select_from(table).where(expired)) or 0
+def _count(connection: sa.Connection, table: sa.FromClause, expired: sa.ColumnElement[bool]) -> int:
+    return connection.scalar(sa.select(sa.func.count()).select_from(table).where(expired)) or 0
 
 
 def _change(statement: sa.UpdateBase, patient: bool) -> int:
@@ -125,13 +124,12 @@ class _Due:
 
 def _sweep_in(app: Flask, due: _Due) -> None:
     more = False
-    waiting.step_aside()
     try:
         with app.app_context():
             more = sweep()
     except DBAPIError as error:
         # Locked or full just now: the next sweep finds it all again.
-        if not may_pass(error):
+        if not is_transient(error):
             log.exception("What has expired cannot be deleted.")
     finally:
         due.again(at_once=more)

@@ -18,7 +18,7 @@ import events
 import tally
 import tokens
 from config import settings
-from prepared import writing
+from database import writing
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
             if tokens.end_family(token.agent, "token.revoked"):
                 tally.count_token("revoked")
             return
-        with writing(durable=True) as link:
+        with writing(exclusive=False) as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
-            tokens.revoke(link, token.facts["jti"], expires_at)
-            events.record("token.revoked", token.agent, link, token="access")
+            tokens.revoke(connection, token.facts["jti"], expires_at)
+            events.record(connection, "token.revoked", token.agent, token="access")
         tally.count_token("revoked")
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from flask import Flask, Response, g, has_app_context, request
 
-import clock
 from config import Settings
 from events import NOBODY
+from models import now, rfc3339
 from wire import route_name
 
 _lines = logging.getLogger("lanyard.access")
@@ -97,7 +97,7 @@ def _size(response: Response) -> int | None:
 
 
 def _write(**known: Any) -> None:
-    line: dict[str, Any] = {"time": clock.rfc3339(clock.now())}
+    line: dict[str, Any] = {"time": rfc3339(now())}
     names = ("request_id", "address", "method", "route", "path", "status", "bytes", "duration_ms")
     line |= {name: known.get(name) for name in names}
     line |= {"actor": known.get("actor", NOBODY), "client_id": known.get("client_id")}

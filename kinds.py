@@ -11,7 +11,7 @@ from joserfc.jwk import RSAKey, import_key
 from marshmallow import ValidationError, fields
 from marshmallow.validate import ContainsNoneOf, Length, Regexp
 
-import clock
+from models import rfc3339
 from wire import is_text
 
 # What RS256 and PS256, ES256, and EdDSA sign with.
@@ -67,7 +67,7 @@ class Timestamp(fields.Field[datetime]):
     """RFC 3339 UTC with `Z`, whole seconds."""
 
     def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
-        return None if value is None else clock.rfc3339(value)
+        return None if value is None else rfc3339(value)
 
 
 def no_repeats(values: list[str]) -> None:

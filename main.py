@@ -9,9 +9,9 @@ from flask.cli import ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
 import cli
-import complaints
 from app import create_app
 from config import VERSION
+from database import error_text
 
 
 class Commands(click.Group):
@@ -22,7 +22,7 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except DBAPIError as error:
-            raise click.ClickException(f"The database: {complaints.sentence(error)}.") from None
+            raise click.ClickException(f"The database: {error_text(error)}.") from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 import bearer
 import keys
 import schemas
-from database import newest_page, writing
+from database import newest_page, reading, writing
 from models import Event
 from wire import Blueprint
 
@@ -21,7 +21,8 @@ keys_room.before_request(bearer.require_operator)
 @keys_room.response(200, schemas.KeyList)
 def list_keys() -> dict[str, Any]:
     """The signing keys, newest first, and where each is in its life."""
-    return {"keys": keys.list_keys()}
+    with reading() as connection:
+        return {"keys": keys.list_keys(connection)}
 
 
 @keys_room.post("/rotate")
@@ -29,10 +30,9 @@ def list_keys() -> dict[str, Any]:
 @keys_room.response(200, schemas.KeyAnswer)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
     """Publish a new key, which signs once every verifier can know it; at once, for a leak, with `now`."""
-    with writing():
-        keys.rotate(at_once=fields["now"])
-        newest = keys.list_keys()[0]
-    return {"key": newest}
+    with writing() as connection:
+        keys.rotate(connection, at_once=fields["now"])
+        return {"key": keys.list_keys(connection)[0]}
 
 
 event_log = Blueprint("events", __name__, url_prefix="/api/events", description="What happened (management)")
@@ -51,5 +51,6 @@ def list_events(query: dict[str, Any]) -> dict[str, Any]:
         group = query["type"].removesuffix("*")
         exactly = group == query["type"]
         statement = statement.where(Event.type == group if exactly else Event.type.startswith(group))
-    page, following = newest_page(statement, Event.pk, query)
+    with reading() as connection:
+        page, following = newest_page(connection, statement, Event.pk, query)
     return {"events": page, "next": following}

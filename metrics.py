@@ -23,12 +23,12 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 import bearer
-import clock
 import database
 import keys
 import processes
 from config import VERSION, settings
-from models import Agent, Delivery, Event, RefreshFamily, Webhook, db
+from database import reading
+from models import Agent, Delivery, Event, RefreshFamily, Webhook, now
 from tally import BUCKETS, Timing, tally
 from wire import Blueprint
 
@@ -71,7 +71,11 @@ class _Database(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The library's hook."""
-        rows = self._counted()
+        with reading() as connection:
+            yield from self._collect(connection)
+
+    def _collect(self, connection: sa.Connection) -> Iterator[Metric]:
+        rows = self._counted(connection)
         yield _by(Gauge("lanyard_agents", "Registered agents.", labels=["state"]), rows.agents.items())
         yield Gauge("lanyard_refresh_token_families", "Grants whose refresh token works.", rows.families)
         text = "Webhook deliveries still to be made, those of webhooks that are switched off too."
@@ -79,18 +83,18 @@ class _Database(Collector):
             Gauge("lanyard_webhook_deliveries_waiting", text, labels=["status"]), rows.deliveries.items()
         )
         text = "How long the webhook delivery that is due longest has been due; 0 when none is."
-        yield Gauge("lanyard_webhook_delivery_overdue_seconds", text, _overdue())
-        yield Gauge("lanyard_events", "Events in the audit log, near enough.", _events())
-        yield from _signing_keys()
-        sizes = database.ways(settings()).sizes(settings(), db.session)
+        yield Gauge("lanyard_webhook_delivery_overdue_seconds", text, _overdue(connection))
+        yield Gauge("lanyard_events", "Events in the audit log, near enough.", _events(connection))
+        yield from _signing_keys(connection)
+        sizes = database.backend(settings()).sizes(settings(), connection)
         text = "Size of the database's files."
         yield _by(Gauge("lanyard_database_size_bytes", text, labels=["file"]), sizes.items())
 
-    def _counted(self) -> _Rows:
+    def _counted(self, connection: sa.Connection) -> _Rows:
         # Scrapes that come together wait for one count.
         with self._lock:
             if self._rows is None or time.monotonic() >= self._kept_until:
-                self._rows = _Rows(_agents(), _families(), _deliveries())
+                self._rows = _Rows(_agents(connection), _families(connection), _deliveries(connection))
                 self._kept_until = time.monotonic() + KEPT
             return self._rows
 
@@ -137,10 +141,10 @@ class _Service(Collector):
         yield Counter("lanyard_cpu_seconds", text, taken.cpu)
 
 
-def _agents() -> dict[str, int]:
-    expired = sa.and_(Agent.is_active, Agent.expires_at <= clock.now())
+def _agents(connection: sa.Connection) -> dict[str, int]:
+    expired = sa.and_(Agent.is_active, Agent.expires_at <= now())
     counts = [sa.func.count(), sa.func.count().filter(~Agent.is_active), sa.func.count().filter(expired)]
-    counted = db.session.execute(sa.select(*counts).select_from(Agent)).one()
+    counted = connection.execute(sa.select(*counts).select_from(Agent)).one()
     everyone, deactivated, expired_ones = map(int, counted)
     return {
         "active": everyone - deactivated - expired_ones,
@@ -149,48 +153,48 @@ def _agents() -> dict[str, int]:
     }
 
 
-def _families() -> int:
+def _families(connection: sa.Connection) -> int:
     # Counting all is an index's length; the few that have expired and wait for the sweep are a range of one.
     everyone = sa.select(sa.func.count()).select_from(RefreshFamily)
-    expired = everyone.where(RefreshFamily.expires_at <= clock.now())
-    counted = db.session.execute(sa.select(everyone.scalar_subquery(), expired.scalar_subquery())).one()
+    expired = everyone.where(RefreshFamily.expires_at <= now())
+    counted = connection.execute(sa.select(everyone.scalar_subquery(), expired.scalar_subquery())).one()
     return int(counted[0] - counted[1])
 
 
-def _deliveries() -> dict[str, int]:
+def _deliveries(connection: sa.Connection) -> dict[str, int]:
     # By webhook, as the index is: what is over, most of the table, is not looked at.
     waiting = (
         sa.select(Delivery.status, sa.func.count())
         .where(Delivery.webhook_pk.in_(sa.select(Webhook.pk)), Delivery.next_attempt_at.is_not(None))
         .group_by(Delivery.status)
     )
-    return {"pending": 0, "retrying": 0} | {status: count for status, count in db.session.execute(waiting)}
+    return {"pending": 0, "retrying": 0} | {status: count for status, count in connection.execute(waiting)}
 
 
-def _overdue() -> float:
+def _overdue(connection: sa.Connection) -> float:
     first = (
         sa.select(sa.func.min(Delivery.next_attempt_at))
         .where(Delivery.webhook_pk == Webhook.pk, Delivery.next_attempt_at.is_not(None))
         .scalar_subquery()
     )
-    dues = db.session.scalars(sa.select(first).where(Webhook.is_active))
-    waits = [(clock.now() - due).total_seconds() for due in dues if due is not None]
+    dues = connection.scalars(sa.select(first).where(Webhook.is_active))
+    waits = [(now() - due).total_seconds() for due in dues if due is not None]
     return max([0.0, *waits])
 
 
-def _events() -> int:
+def _events(connection: sa.Connection) -> int:
     # Their numbers are given one by one and go from the oldest on: a count would read a million entries.
     ends = [sa.select(end(Event.pk)).scalar_subquery() for end in (sa.func.min, sa.func.max)]
-    oldest, newest = db.session.execute(sa.select(*ends)).one()
+    oldest, newest = connection.execute(sa.select(*ends)).one()
     return 0 if oldest is None else newest - oldest + 1
 
 
-def _signing_keys() -> tuple[Metric, Metric]:
+def _signing_keys(connection: sa.Connection) -> tuple[Metric, Metric]:
     text = "When the key that signs was made, in Unix time."
     made = Gauge("lanyard_signing_key_created_timestamp_seconds", text, labels=["alg"])
     text = "When the next key will sign, in Unix time, while one is published that does not."
     following = Gauge("lanyard_signing_key_next_timestamp_seconds", text, labels=["alg"])
-    for key in keys.list_keys():
+    for key in keys.list_keys(connection):
         if key.state == "signing":
             made.add_metric([key.alg], key.created_at.timestamp())
         elif key.state == "published":

@@ -1,17 +1,39 @@
-"""The tables and their constraints."""
+"""The tables, their column types, and the one clock."""
 
 from __future__ import annotations
 
+import secrets
+import time
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from flask import current_app
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+
+_ENCRYPTED = "fernet:"  # prefix of a stored value that is encrypted
+
+
+def now() -> datetime:
+    """Return the present moment: aware UTC, cut to the whole second."""
+    return datetime.fromtimestamp(int(time.time()), UTC)
+
+
+def rfc3339(moment: datetime) -> str:
+    """Format a moment in UTC as RFC 3339, for example `2026-06-01T12:00:00Z`."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_id(prefix: str) -> str:
+    """Return an identifier that is not secret: the prefix and 128 random bits, 22 characters."""
+    return prefix + secrets.token_urlsafe(16)
 
 
 class Moment(sa.TypeDecorator[datetime]):
@@ -48,6 +70,69 @@ class Words(sa.TypeDecorator[list[str]]):
         return None if value is None else value.split()
 
 
+class DecryptionError(Exception):
+    """A stored secret is encrypted with a key that LANYARD_SECRET_KEY does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "LANYARD_SECRET_KEY must hold the key that the database's secrets are encrypted with"
+        )
+
+
+class EncryptedText(sa.TypeDecorator[str]):
+    """Text that must be read back: encrypted with LANYARD_SECRET_KEY, in clear while that is unset.
+
+    :raises DecryptionError: on reading a value that none of the keys decrypts.
+    """
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """To the database."""
+        return None if value is None else encrypt(value, current_app.config["LANYARD"].secret_keys)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        """From the database."""
+        return None if value is None else decrypt(value, current_app.config["LANYARD"].secret_keys)
+
+
+def encrypt(text: str, keys: tuple[str, ...]) -> str:
+    """Encrypt with the first of the Fernet keys; without keys return the text itself."""
+    return _ENCRYPTED + _fernet(keys).encrypt(text.encode()).decode() if keys else text
+
+
+def decrypt(stored: str, keys: tuple[str, ...]) -> str:
+    """Return the text that was stored.
+
+    :raises DecryptionError: when it is encrypted, and with none of these keys.
+    """
+    if not stored.startswith(_ENCRYPTED):
+        return stored
+    if not keys:
+        raise DecryptionError
+    try:
+        return _fernet(keys).decrypt(stored.removeprefix(_ENCRYPTED)).decode()
+    except InvalidToken:
+        raise DecryptionError from None
+
+
+def is_encrypted(stored: str, keys: tuple[str, ...] | None = None) -> bool:
+    """Whether a stored value is encrypted; with one of these keys, if they are given."""
+    if keys is None or not stored.startswith(_ENCRYPTED):
+        return stored.startswith(_ENCRYPTED)
+    try:
+        decrypt(stored, keys)
+    except DecryptionError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=16)
+def _fernet(keys: tuple[str, ...]) -> MultiFernet:
+    return MultiFernet([Fernet(key) for key in keys])
+
+
 class Base(DeclarativeBase):
     """What all tables share: names for every constraint, so that migrations can speak of them."""
 
@@ -68,8 +153,7 @@ class Base(DeclarativeBase):
     }
 
 
-# What a commit wrote stays readable after it, so that an answer costs no second read.
-db = SQLAlchemy(metadata=Base.metadata, session_options={"expire_on_commit": False})
+db = SQLAlchemy(metadata=Base.metadata)
 
 
 class Agent(Base):
@@ -87,6 +171,7 @@ class Agent(Base):
     owner: Mapped[str | None]
     scopes: Mapped[list[str]]
     audiences: Mapped[list[str]]
+    # `metadata` itself is SQLAlchemy's name.
     metadata_: Mapped[dict[str, str]] = mapped_column("metadata")
     is_active: Mapped[bool] = mapped_column(default=True)
     # Goes up whenever all tokens must die; a token made under an older number is dead.
@@ -259,9 +344,9 @@ class Webhook(Base):
     events: Mapped[list[str]]
     max_retries: Mapped[int]
     is_active: Mapped[bool] = mapped_column(default=True)
-    secret: Mapped[str]
+    secret: Mapped[str] = mapped_column(EncryptedText)
     # Signs beside the new one until its time is over, for a rotation without downtime.
-    old_secret: Mapped[str | None]
+    old_secret: Mapped[str | None] = mapped_column(EncryptedText)
     old_secret_expires_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
@@ -283,7 +368,6 @@ class Delivery(Base):
     pk: Mapped[int] = mapped_column(Number, primary_key=True)
     webhook_pk: Mapped[int] = mapped_column(sa.ForeignKey(Webhook.pk, ondelete="CASCADE"))
     event_pk: Mapped[int] = mapped_column(sa.ForeignKey(Event.pk, ondelete="CASCADE"), index=True)
-    event: Mapped[Event] = relationship(lazy="joined", innerjoin=True)
     status: Mapped[str] = mapped_column(sa.String(10), default="pending")
     attempts: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime]
@@ -293,16 +377,6 @@ class Delivery(Base):
     response_status: Mapped[int | None]
     response_body: Mapped[str | None]
     error: Mapped[str | None]
-
-    @property
-    def event_id(self) -> str:
-        """What the receiver knows it by, in every attempt."""
-        return self.event.id
-
-    @property
-    def type(self) -> str:
-        """What happened."""
-        return self.event.type
 
 
 class RevokedToken(Base):
@@ -316,10 +390,10 @@ class RevokedToken(Base):
 
 
 class SigningKey(Base):
-    """A private key that access tokens are signed with, as a JWK (RFC 7517), sealed if there is a key to.
+    """A private key that access tokens are signed with, as a JWK (RFC 7517).
 
-    Its life is told by the clock alone: published from `created_at`, signing from `signs_from` until
-    a newer key does, retired then, and gone from `gone_at`, which a rotation sets.
+    The clock alone decides its state: published from `created_at`, signing from `signs_from` until
+    a newer key signs, retired then, and gone from `gone_at`, which a rotation sets.
     """
 
     __tablename__ = "signing_keys"
@@ -329,7 +403,11 @@ class SigningKey(Base):
     pk: Mapped[int] = mapped_column(Number, primary_key=True)
     kid: Mapped[str] = mapped_column(sa.String(43), unique=True)
     alg: Mapped[str]
-    jwk: Mapped[str]
+    jwk: Mapped[str] = mapped_column(EncryptedText)
     created_at: Mapped[datetime]
     signs_from: Mapped[datetime]
     gone_at: Mapped[datetime | None]
+
+
+# Selected with whatever is read before signing: it tells whether this process has read the newest key.
+NEWEST_KEY = sa.select(sa.func.max(SigningKey.pk)).scalar_subquery()

@@ -16,17 +16,16 @@ from authlib.oauth2.rfc6749 import (
     grants,
 )
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
-from flask import Flask, Request, Response, current_app, jsonify, request
+from flask import Flask, Request, Response, jsonify, request
 
 import clients
 import events
 import introspection
 import tally
 import tokens
-from config import Settings, settings
+from config import Settings, settings, state
 from wire import Blueprint, is_text, parse_json, read_body
 
-_EXTENSION = "lanyard.oauth"
 # Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
 _PARAMETERS = (
     "grant_type",
@@ -82,18 +81,16 @@ def init_app(app: Flask, settings: Settings) -> None:
     server.register_grant(RefreshTokenGrant)
     server.register_endpoint(introspection.Introspection)
     server.register_endpoint(introspection.Revocation)
-    app.extensions[_EXTENSION] = server
+    state(app).oauth_server = server
 
 
 def _answer(token_request: TokenRequest) -> Response:
-    server: Server = current_app.extensions[_EXTENSION]
-    response: Response = server.create_token_response(token_request)
+    response: Response = state().oauth_server.create_token_response(token_request)
     return response
 
 
 def _answer_at(endpoint: str) -> Response:
-    server: Server = current_app.extensions[_EXTENSION]
-    response: Response = server.create_endpoint_response(endpoint, TokenRequest())
+    response: Response = state().oauth_server.create_endpoint_response(endpoint, TokenRequest())
     return response
 
 

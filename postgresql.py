@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import sqlalchemy as sa
 from flask import Flask
 
-import complaints
 import waiting
 from config import SettingError, Settings
 
@@ -26,7 +24,6 @@ ANSWER_TIMEOUT = (
 )
 SHORT_ANSWER_TIMEOUT = 1.0  # the same from then on, until one comes
 PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
-FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
 _OURS = 0x4C616E79  # "Lany"
@@ -36,16 +33,20 @@ _LOCKED = "55P03"
 _NO_ANSWER = "_WaitTimeout"
 # What the server says when it is the moment that is wrong: a lock not had in time, a deadlock it ended,
 # a database that only reads just now (a standby, after a failover), a client that was stopped meanwhile.
-_PASSING = {_LOCKED, "40P01", "40001", "25006", "25P03"}
+_TRANSIENT = {_LOCKED, "40P01", "40001", "25006", "25P03"}
 _SERVER = "lanyard server, "
 
-# How soon the server gives up a client that is gone without a word, and frees its locks; else in two hours.
-_KEEPALIVES = (
-    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 4;"
-    " SET tcp_user_timeout = 30000"
-)
-# And one that stands still in the middle of writing; else never.
-_IDLE_TIMEOUT = "idle_in_transaction_session_timeout = 10000"
+# Whatever the database's defaults are: `begin_writing` relies on the isolation level. The server gives up a
+# client that is gone without a word, or stops in the middle of a transaction, and frees its locks.
+_SESSION = {
+    "default_transaction_isolation": "read\\ committed",
+    "lock_timeout": LOCK_TIMEOUT,
+    "idle_in_transaction_session_timeout": 10_000,
+    "tcp_keepalives_idle": 10,
+    "tcp_keepalives_interval": 5,
+    "tcp_keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
 
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
@@ -61,9 +62,11 @@ def url(settings: Settings) -> sa.URL:
 
 
 def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
-    """The same for the engine's options."""
+    """Return the engine's options."""
+    given = str(url(settings).query.get("options", ""))
     return {
         "connect_args": {
+            "options": " ".join([given, *(f"-c {name}={value}" for name, value in _SESSION.items())]).strip(),
             "connect_timeout": CONNECT_TIMEOUT,
             "client_encoding": "utf8",
             # How others see that a server runs: a command has another name.
@@ -79,10 +82,11 @@ def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
 
 def listen(engine: sa.Engine, serving: bool) -> None:
     """Have the engine open connections, and begin transactions, our way."""
-    sa.event.listen(engine, "connect", partial(_on_connect, engine.dialect, serving))
+    sa.event.listen(engine, "connect", partial(_on_connect, serving))
     sa.event.listen(engine, "checkout", _on_checkout)
     sa.event.listen(engine, "do_connect", _on_do_connect)
-    # Else a server that goes away makes crashes of requests that have their answer, as the session ends.
+    # A server that goes away must not turn a request that has its answer into a crash when the connection
+    # is returned to the pool.
     engine.dialect.do_rollback = partial(_roll_back, engine.dialect)  # type: ignore[method-assign]
 
 
@@ -90,81 +94,67 @@ def open_database(settings: Settings) -> None:
     """Nothing: whoever runs the PostgreSQL has made it."""
 
 
-def make_ready(driver: Any) -> None:
-    """A connection for `prepared`: it begins nothing by itself."""
-    driver.autocommit = True
-    driver.execute(f"SET {_IDLE_TIMEOUT}")
-
-
 def is_good(driver: Any, info: dict[Any, Any]) -> bool:
-    """Whether the server has not closed the connection since it was used, as a restarted one has.
-
-    Ask before each use: when the server is far away, this lets another thread answer from here on.
-    """
-    if info["is_far"]:
-        waiting.step_aside()
+    """Whether the server has not closed the connection since it was used, as a restarted one has."""
     if driver.closed:
         return False
-    # Nothing was asked: whatever there is to read is a good-bye.
+    # No query is in flight, so a readable socket means the server closed the connection.
     poll = select.poll()
     poll.register(driver.fileno(), select.POLLIN)
     return not poll.poll(0)
 
 
-def begin_reading(connection: sa.Connection) -> None:
-    """Nothing: the driver begins at the first statement."""
-
-
-def begin_writing(driver: Any, info: dict[Any, Any], *, durable: bool, patient: bool, alone: bool) -> None:
-    """Begin, with the write lock; see `database.writing`.
-
-    :param alone: no other write transaction goes on at the same time; else others that need not be alone do.
-    """
+def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, exclusive: bool) -> None:
+    """Begin a transaction and take the write lock, exclusive or shared; see `database.writing`."""
     patient = patient and not _is_stuck.is_set() and not _is_silent.is_set()
-    try:
-        _take_write_lock(driver, durable, patient, alone)
-    except Exception as error:
-        if patient and getattr(error, "sqlstate", None) == _LOCKED:
-            _is_stuck.set()
-        raise
-    _is_stuck.clear()
-
-
-def _take_write_lock(driver: Any, durable: bool, patient: bool, alone: bool) -> None:
-    # One that has begun is the session's, which may also read, as long as it likes.
-    statements = ["BEGIN"] if driver.autocommit else [f"SET LOCAL {_IDLE_TIMEOUT}"]
+    statements = ["BEGIN"]
     if not durable:
         statements.append("SET LOCAL synchronous_commit = off")
     if not patient:
         statements.append(f"SET LOCAL lock_timeout = {SHORT_TIMEOUT}")
     # Locks are freed after what was committed can be seen, and statements see what is committed when
     # they start (READ COMMITTED): whoever has the lock reads what all before it wrote.
-    lock = f"advisory_xact_lock{'' if alone else '_shared'}({_OURS}, {_WRITE})"
-    driver.execute("; ".join([*statements, f"SELECT pg_{lock}"]))
+    lock = f"advisory_xact_lock{'' if exclusive else '_shared'}({_OURS}, {_WRITE})"
+    try:
+        # One round trip: psycopg sends several statements at once only without parameters.
+        connection.exec_driver_sql(
+            "; ".join([*statements, f"SELECT pg_{lock}"]), execution_options={"no_parameters": True}
+        )
+    except sa.exc.DBAPIError as error:
+        if patient and getattr(error.orig, "sqlstate", None) == _LOCKED:
+            _is_stuck.set()
+        raise
+    _is_stuck.clear()
 
 
-def may_pass(error: Any) -> bool:
+def is_transient(error: Any) -> bool:
     """Whether the driver's error is of the kind that ends by itself or by the operator's hand."""
     state = getattr(error, "sqlstate", None)
     if state is None:
         # Without an answer of the server's there is no server: it is down, or was.
         return type(error).__name__ in ("OperationalError", "ConnectionTimeout", _NO_ANSWER)
     # 08: connection; 53: disk, memory or connections used up; 57: shutting down, or starting; 58: its disk.
-    return state in _PASSING or state[:2] in ("08", "53", "57", "58")
+    return state in _TRANSIENT or state[:2] in ("08", "53", "57", "58")
 
 
-def sizes(settings: Settings, session: Any) -> dict[str, int]:
-    """Bytes of the database's parts."""
-    return {"main": int(session.scalar(sa.select(sa.func.pg_database_size(sa.func.current_database()))))}
+def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
+    """Return the size of the database in bytes."""
+    return {
+        "main": connection.execute(
+            sa.select(sa.func.pg_database_size(sa.func.current_database()))
+        ).scalar_one()
+    }
 
 
-def mark_serving(app: Flask, settings: Settings) -> None:
+def mark_serving(app: Flask, settings: Settings) -> Callable[[], object]:
     """Make the instance's folder, and keep a connection whose name tells others that a server runs.
 
-    Its workers have some soon, but not yet while they start.
+    Its workers have connections of their own soon, but not yet while they start.
+
+    :returns: what ends the mark.
     """
     settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
-    app.extensions["lanyard.serving"] = session(settings, serving=True).close
+    return session(settings, serving=True).close
 
 
 def is_serving(settings: Settings) -> bool:
@@ -233,13 +223,7 @@ def session(settings: Settings, *, serving: bool = False) -> sa.Connection:
     engine = sa.create_engine(url(settings), poolclass=sa.NullPool, hide_parameters=True, **options)
     if serving:
         sa.event.listen(engine, "connect", _bound_its_waits)
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-    try:
-        connection.exec_driver_sql(_KEEPALIVES)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
 
 def _bound_its_waits(driver: Any, record: Any) -> None:
@@ -298,26 +282,9 @@ def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
         # The server has rolled back, and the pool opens another.
 
 
-def _on_connect(dialect: sa.Dialect, serving: bool, driver: Any, record: Any) -> None:
+def _on_connect(serving: bool, driver: Any, record: Any) -> None:
     if serving:
         driver.wait = partial(_wait, driver)
-    with complaints.as_sqlalchemys(dialect):
-        record.info["is_far"] = min(_prepare(driver)) > FAR
-
-
-def _prepare(driver: Any) -> list[float]:
-    """Set up a connection; returns the seconds that each step took."""
-    # Whatever the database's own defaults are: begin_writing relies on the latter.
-    took = []
-    for statement in (
-        f"{_KEEPALIVES}; SET lock_timeout = {LOCK_TIMEOUT}",
-        "SET default_transaction_isolation = 'read committed'",
-        "COMMIT",
-    ):
-        began = time.perf_counter()
-        driver.execute(statement)
-        took.append(time.perf_counter() - began)
-    return took
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-import clock
 import events
 from config import DAY
 from kinds import Flag, PublicKeys, Text, Timestamp, Whole, audience, no_repeats, scope
-from models import is_live
+from models import is_live, now
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
@@ -31,7 +30,6 @@ class AgentFields(Schema):
         keys=Text(max=64),
         values=Text(min=0, max=512, lines=True),
         validate=Length(max=32),
-        attribute="metadata_",
     )
     token_ttl = Whole(validate=Range(1, DAY), allow_none=True)
     rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True)
@@ -135,9 +133,9 @@ class Agent(Answer):
     client_id = fields.String()
     scopes = fields.List(fields.String())
     audiences = fields.List(fields.String())
-    metadata = fields.Dict(values=fields.String(), attribute="metadata_")
+    metadata = fields.Dict(values=fields.String())
     # An agent past its time is treated as deactivated, so that is what it looks like.
-    is_active = fields.Function(lambda agent: is_live(agent, clock.now()), metadata={"type": "boolean"})
+    is_active = fields.Function(lambda agent: is_live(agent, now()), metadata={"type": "boolean"})
     token_ttl = fields.Integer(allow_none=True)
     rate_limit = fields.Integer(allow_none=True)
     token_endpoint_auth_method = fields.String()

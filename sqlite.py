@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from flask import Flask
 
-import waiting
 from config import Settings
 from files import give_to_owner_of
 
 # Locked by another process, read-only, failing, full, or not to be opened.
-_PASSING = {
+_TRANSIENT = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_READONLY,
@@ -34,12 +33,11 @@ BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
-PROMPT = 0.005  # seconds after which a thread that waits for the lock lets another one answer
 SHORTEST_SLEEP = 0.0001  # seconds
-LONGEST_SLEEP = 0.005  # seconds: who looked ever more seldom would starve beside those who have just come
+LONGEST_SLEEP = 0.005  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
 
-# Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
-# waits long, or every thread would, and nobody's reads or health checks were answered.
+# Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
+# process wait briefly, or all of its requests would queue up behind the lock.
 _is_stuck = threading.Event()
 
 
@@ -69,90 +67,76 @@ def open_database(settings: Settings) -> None:
     _use_wal(settings.database_file)
 
 
-def make_ready(driver: sqlite3.Connection) -> None:
-    """Nothing: a connection begins nothing by itself."""
-
-
-def is_good(driver: sqlite3.Connection, info: dict[Any, Any]) -> bool:
-    """Always: a file has no other end."""
-    return True
-
-
-def begin_reading(connection: sa.Connection) -> None:
-    """One snapshot for all that the transaction reads."""
-    connection.exec_driver_sql("BEGIN")
-
-
-def begin_writing(
-    driver: sqlite3.Connection, info: dict[Any, Any], *, durable: bool, patient: bool, alone: bool
-) -> None:
-    """BEGIN IMMEDIATE; see `database.writing`. Every write transaction is alone here.
-
-    :param info: the engine's notes on that connection.
-    """
+def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, exclusive: bool) -> None:
+    """BEGIN IMMEDIATE; see `database.writing`. Every write transaction is exclusive on SQLite."""
     level = "FULL" if durable else "NORMAL"
     # SQLite lets `synchronous` change only outside a transaction.
-    if info["synchronous"] != level:
-        driver.execute(f"PRAGMA synchronous = {level}")
-        info["synchronous"] = level
+    if connection.info["synchronous"] != level:
+        connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
+        connection.info["synchronous"] = level
     patient = patient and not _is_stuck.is_set()
     try:
-        _take_write_lock(driver, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
-    except sqlite3.OperationalError:
+        _take_write_lock(connection, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
+    except sa.exc.OperationalError:
         if patient:
             _is_stuck.set()
         raise
     _is_stuck.clear()
 
 
-def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
+def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
     """BEGIN IMMEDIATE as soon as the lock is free.
 
-    SQLite's own waiting sleeps for a millisecond and more, in which another could have written five times.
+    SQLite's own busy timeout would block every other request of this process, and sleeps for a millisecond
+    and more, in which another process could have written five times.
+
+    :raises sa.exc.OperationalError: when it is not free within so many seconds.
     """
+    driver: Any = connection.connection.dbapi_connection
     started = time.monotonic()
     driver.execute("PRAGMA busy_timeout = 0")
     try:
-        while True:
+        while (waited := time.monotonic() - started) < seconds:
             try:
                 driver.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                waited = time.monotonic() - started
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > seconds:
-                    raise
-            if waited > PROMPT:
-                waiting.step_aside()
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
             time.sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
+        # The last attempt's error, as SQLAlchemy raises it.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:
         driver.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
 
-def may_pass(error: Any) -> bool:
+def is_transient(error: Any) -> bool:
     """Whether the driver's error is of the kind that ends by itself or by the operator's hand."""
     # The low byte of the extended codes.
-    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _PASSING
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _TRANSIENT
 
 
-def sizes(settings: Settings, session: Any) -> dict[str, int]:
-    """Bytes of the database's parts."""
+def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
+    """Return the sizes of the database's files in bytes."""
     files = {"main": str(settings.database_file), "wal": f"{settings.database_file}-wal"}
     return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in files.items()}
 
 
-def mark_serving(app: Flask, settings: Settings) -> None:
-    """Tell other processes that a server uses the database, until the last process of this server ends.
+def mark_serving(app: Flask, settings: Settings) -> Callable[[], object]:
+    """Mark the database as used by a server, until the last process of this server ends.
 
-    Waits while one that must have the file alone has it. The kernel frees the lock, whatever happens.
+    Waits while a process that must have the file alone has it. The kernel frees the lock, whatever happens.
+
+    :returns: what ends the mark before that.
     """
     path = settings.database_file
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    # The workers, which are forked from this process, share it. An app that is gone needs it no more,
-    # but a process that ends holds it to its very end.
-    app.extensions["lanyard.serving"] = ended = weakref.finalize(app, os.close, lock)
+    # The workers, forked from this process, share it. It ends with the app, but not while the process exits.
+    ended = weakref.finalize(app, os.close, lock)
     ended.atexit = False
+    return ended
 
 
 @contextmanager
@@ -258,8 +242,6 @@ def _use_wal(path: Path) -> None:
 
 
 def _on_connect(driver: sqlite3.Connection, record: Any) -> None:
-    # SQLAlchemy's own BEGIN, not the driver's.
-    driver.isolation_level = None
     driver.execute("PRAGMA foreign_keys = ON")
     driver.execute("PRAGMA synchronous = FULL")
     driver.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")

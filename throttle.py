@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import sqlalchemy as sa
 from flask import request
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
-import clock
 import tally
-from models import FailedSignIns, Moment
-from prepared import Prepared, writing
+from database import reading, writing
+from models import FailedSignIns, Moment, now
 from wire import Problem
 
 
@@ -35,13 +34,13 @@ SECRET = Limit(50, 6)
 # For whatever names no live secret, from one address: two hundred, then one a second.
 ADDRESS = Limit(200, 1)
 
-_LOOK = Prepared(sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key")))
+_LOOK = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
 _NOW, _LATEST = bindparam("now", type_=Moment), bindparam("latest", type_=Moment)
 _KEPT = FailedSignIns.clear_at.between(_NOW, _LATEST)
 _PAUSE = bindparam("pause", type_=sa.BigInteger)  # seconds
 _LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + _PAUSE
 # In one statement, so that none of those who fail at the same time goes uncounted.
-_COUNT = Prepared(
+_COUNT = (
     insert(FailedSignIns)
     .values(key=bindparam("key"), clear_at=bindparam("clear_at", type_=Moment))
     .on_conflict_do_update(
@@ -69,20 +68,22 @@ class Guess:
 
         :raises Problem: 429, when too many before it were wrong.
         """
-        now = clock.now()
-        for key, limit in self._buckets:
-            wait = _clear_at(_LOOK.first(key=key), now, limit) - now - limit.window
+        moment = now()
+        with reading() as connection:
+            clear_at = [connection.scalar(_LOOK, {"key": key}) for key, _ in self._buckets]
+        for stored, (_, limit) in zip(clear_at, self._buckets, strict=True):
+            wait = _clear_at(stored, moment, limit) - moment - limit.window
             if wait >= timedelta(0):
                 refuse(int(wait.total_seconds()) + 1)
 
     def failed(self) -> None:
         """Count it."""
-        now = clock.now()
-        with writing(durable=False) as link:
+        moment = now()
+        with writing(durable=False, exclusive=False) as connection:
             for key, limit in self._buckets:
-                clear_at = now + timedelta(seconds=limit.seconds)
-                values = {"now": now, "latest": _latest(now, limit), "pause": limit.seconds}
-                _COUNT.change(link, key=key, clear_at=clear_at, **values)
+                clear_at = moment + timedelta(seconds=limit.seconds)
+                values = {"now": moment, "latest": _latest(moment, limit), "pause": limit.seconds}
+                connection.execute(_COUNT, {"key": key, "clear_at": clear_at, **values})
 
 
 def refuse(seconds: int) -> NoReturn:
@@ -95,14 +96,14 @@ def refuse(seconds: int) -> NoReturn:
     raise Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
 
 
-def _clear_at(row: Any, now: datetime, limit: Limit) -> datetime:
+def _clear_at(stored: datetime | None, moment: datetime, limit: Limit) -> datetime:
     """When the last of the failures is forgotten; a time that a clock since set back wrote does not count."""
-    clear_at: datetime = row.clear_at if row else now
-    return max(now, clear_at) if clear_at <= _latest(now, limit) else now
+    clear_at = stored or moment
+    return max(moment, clear_at) if clear_at <= _latest(moment, limit) else moment
 
 
-def _latest(now: datetime, limit: Limit) -> datetime:
-    return now + limit.window + timedelta(seconds=limit.seconds)
+def _latest(moment: datetime, limit: Limit) -> datetime:
+    return moment + limit.window + timedelta(seconds=limit.seconds)
 
 
 def _network(address: str) -> str:

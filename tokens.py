@@ -14,15 +14,14 @@ from joserfc import jwt
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
-import clock
 import credentials
 import events
 import keys
 import tally
 from clients import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
-from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay
-from prepared import Link, Prepared, writing
+from database import reading, writing
+from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, now
 from wire import Problem
 
 log = logging.getLogger("lanyard")
@@ -35,19 +34,17 @@ _LIVE_AGENT = sa.and_(
     Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.live(_NOW)
 )
 _ACTIVITY = {"last_activity_at": _NOW, "last_token_issued_at": _NOW}
-_COUNT_TOKEN = Prepared(
-    sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
-)
-_COUNT_REFRESH = Prepared(
+_COUNT_TOKEN = sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
+_COUNT_REFRESH = (
     sa.update(Agent).where(_LIVE_AGENT).values(refresh_count=Agent.refresh_count + 1, **_ACTIVITY)
 )
 _DAY = (UsageDay.agent_pk, UsageDay.day)
-_TOKEN_DAY = Prepared(
+_TOKEN_DAY = (
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=1, tokens_refreshed=0)
     .on_conflict_do_update(index_elements=_DAY, set_={"tokens_issued": UsageDay.tokens_issued + 1})
 )
-_REFRESH_DAY = Prepared(
+_REFRESH_DAY = (
     insert(UsageDay)
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
     .on_conflict_do_update(index_elements=_DAY, set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
@@ -59,10 +56,10 @@ _MINUTE_IS_OVER = sa.or_(
     Agent.minute_began_at > bindparam("minute_ahead", type_=Moment),
 )
 _HAS_ROOM = sa.or_(_MINUTE_IS_OVER, Agent.minute_count < Agent.rate_limit)
-_SEE_ROOM = Prepared(
-    sa.select(_HAS_ROOM.label("has_room"), Agent.minute_began_at).where(Agent.pk == bindparam("agent"))
+_SEE_ROOM = sa.select(_HAS_ROOM.label("has_room"), Agent.minute_began_at).where(
+    Agent.pk == bindparam("agent")
 )
-_TAKE_ROOM = Prepared(
+_TAKE_ROOM = (
     sa.update(Agent)
     .where(Agent.pk == bindparam("agent"), _HAS_ROOM)
     .values(
@@ -70,26 +67,24 @@ _TAKE_ROOM = Prepared(
         minute_count=sa.case((_MINUTE_IS_OVER, 1), else_=Agent.minute_count + 1),
     )
 )
-_USE_SECRET = Prepared(
-    sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
-)
-_NEW_FAMILY = Prepared(sa.insert(RefreshFamily))
-_BY_FAMILY = Prepared(
+_USE_SECRET = sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
+_NEW_FAMILY = sa.insert(RefreshFamily)
+_BY_FAMILY = (
     sa.select(
         *COLUMNS, *(column.label(f"family_{column.name}") for column in RefreshFamily.__table__.columns)
     )
     .join(Agent, Agent.pk == RefreshFamily.agent_pk)
     .where(RefreshFamily.id == bindparam("family"))
 )
-_NEXT_TOKEN = Prepared(
+_NEXT_TOKEN = (
     sa.update(RefreshFamily)
     .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash"))
     .values(
         {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
     )
 )
-_REVOKE = Prepared(insert(RevokedToken).on_conflict_do_nothing())
-_END_FAMILY = Prepared(sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family")))
+_REVOKE = insert(RevokedToken).on_conflict_do_nothing()
+_END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
 
 
 class TokenGenerator(JWTBearerTokenGenerator):
@@ -132,7 +127,9 @@ class TokenGenerator(JWTBearerTokenGenerator):
 
         :raises Problem: 429, when the agent has had its tokens for this minute.
         """
-        _see_room(client)
+        if client.row.rate_limit is not None:  # before a signature is spent on it
+            with reading() as connection:
+                _refuse_over_limit(connection, client)
         token = super().generate(grant_type, client, *args, **kwargs)
         names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
         return {name: token.get(name, "") for name in names}
@@ -158,8 +155,8 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
 
     :raises AuthenticationFailed: when the agent died since it was authenticated.
     """
-    with writing(durable=False) as link:
-        if not _count(link, client, _COUNT_TOKEN, _TOKEN_DAY):
+    with writing(durable=False, exclusive=False) as connection:
+        if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
             raise AuthenticationFailed()
         family = {
             **_newest(client, token),
@@ -168,10 +165,10 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "token_version": client.row.token_version,
             "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
         }
-        _NEW_FAMILY.change(link, **family)
+        connection.execute(_NEW_FAMILY, family)
         if client.secret_pk is not None and client.row.last_used_at != client.now:
-            _USE_SECRET.change(link, secret=client.secret_pk, now=client.now)
-        _record(link, "token.issued", client, token)
+            connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
+        _record(connection, "token.issued", client, token)
 
 
 def use_refresh_token(text: str) -> Client:
@@ -205,8 +202,9 @@ def find_by_refresh_token(text: str) -> Client | None:
     family_id = credentials.refresh_token_family(text)
     if family_id is None:
         return None
-    row = _BY_FAMILY.first(family=family_id)
-    return Client(row, clock.now()) if row and row.family_expires_at > clock.now() else None
+    with reading() as connection:
+        row = connection.execute(_BY_FAMILY, {"family": family_id}).first()
+    return Client(row, now()) if row and row.family_expires_at > now() else None
 
 
 def _is_newest(client: Client, text: str) -> bool:
@@ -223,14 +221,14 @@ def next_of_family(client: Client, token: dict[str, Any]) -> None:
     :raises InvalidGrantError: when the agent died, or the old token was used, since it was found.
     """
     old = client.row
-    with writing(durable=True) as link:
+    with writing(exclusive=False) as connection:
         values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
-        won = _NEXT_TOKEN.change(link, **values) == 1
-        if won and not _count(link, client, _COUNT_REFRESH, _REFRESH_DAY):
+        won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
+        if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
             raise _no_good()
         if won:
-            _record(link, "token.refreshed", client, token)
+            _record(connection, "token.refreshed", client, token)
     if not won:
         _end_reused(client)
 
@@ -246,22 +244,23 @@ def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(link: Link, client: Client, count: Prepared, day: Prepared) -> bool:
+def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.Insert) -> bool:
     """Count a token; False when its agent is no longer the one that was authenticated."""
     values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
-    if count.change(link, **values) != 1:
+    if connection.execute(count, values).rowcount != 1:
         return False
-    day.change(link, agent=client.row.pk, day=client.now.date())
-    if client.row.rate_limit is not None and _TAKE_ROOM.change(link, **_minute(client)) != 1:
-        _see_room(client)
+    connection.execute(day, {"agent": client.row.pk, "day": client.now.date()})
+    if client.row.rate_limit is not None and connection.execute(_TAKE_ROOM, _minute(client)).rowcount != 1:
+        _refuse_over_limit(connection, client)
     return True
 
 
-def _see_room(client: Client) -> None:
-    """Before a signature is spent on it, see whether the agent may have another token this minute."""
-    if client.row.rate_limit is None:
-        return
-    room = _SEE_ROOM.first(**_minute(client))
+def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
+    """Refuse an agent that has had its tokens for this minute.
+
+    :raises Problem: 429.
+    """
+    room = connection.execute(_SEE_ROOM, _minute(client)).first()
     if room and not room.has_room:
         left = room.minute_began_at + timedelta(seconds=MINUTE) - client.now
         raise Problem(
@@ -289,18 +288,18 @@ def end_family(client: Client, event: str) -> bool:
 
     Returns whether it was still there.
     """
-    with writing(durable=True) as link:
-        ended = _END_FAMILY.change(link, family=client.family_id) == 1
+    with writing(exclusive=False) as connection:
+        ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
         if ended:
-            longest = clock.now() + timedelta(seconds=keys.LONGEST_TOKEN)
-            revoke(link, credentials.grant_id(client.family_id), longest)
-            events.record(event, client.row, link, token="refresh")
+            longest = now() + timedelta(seconds=keys.LONGEST_TOKEN)
+            revoke(connection, credentials.grant_id(client.family_id), longest)
+            events.record(connection, event, client.row, token="refresh")
     return ended
 
 
-def revoke(link: Link, jti: str, expires_at: datetime) -> None:
+def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
     """Remember that a `jti`, or the part of one before its dot, is revoked, until `expires_at`."""
-    _REVOKE.change(link, id=jti, expires_at=expires_at)
+    connection.execute(_REVOKE, {"id": jti, "expires_at": expires_at})
 
 
 def _end_reused(client: Client) -> NoReturn:
@@ -310,8 +309,8 @@ def _end_reused(client: Client) -> NoReturn:
     raise _no_good()
 
 
-def _record(link: Link, event: str, client: Client, token: dict[str, Any]) -> None:
-    events.record(event, client.row, link, scope=token["scope"], audience=client.audiences)
+def _record(connection: sa.Connection, event: str, client: Client, token: dict[str, Any]) -> None:
+    events.record(connection, event, client.row, scope=token["scope"], audience=client.audiences)
 
 
 def _no_good() -> InvalidGrantError:

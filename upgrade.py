@@ -6,8 +6,8 @@ import logging
 
 import sqlalchemy as sa
 
-import complaints
 from config import HERE, VERSION, SettingError, Settings
+from database import error_text
 
 FOLDER = HERE / "migrations"
 
@@ -80,7 +80,7 @@ def _change(settings: Settings, stored: str | None, newest: str) -> None:
     except Exception as error:
         raise SettingError(
             f"The database {name} could not be brought from schema {stored or 'none'} to {newest},"
-            f" and is as it was: {complaints.sentence(error)}."
+            f" and is as it was: {error_text(error)}."
         ) from error
     if copy:
         log.warning("The database was upgraded from schema %s to %s; %s is it before.", stored, newest, copy)

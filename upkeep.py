@@ -17,13 +17,10 @@ import access
 import backup
 import config
 import console
-import database
 import doctor
 import housekeeping
-import transfer
 from config import Settings
 from console import Room, as_json
-from crate import CrateError, Header
 
 admin_token = Room("admin-token", help="The operator's token.")
 
@@ -83,48 +80,6 @@ def restore(file: Path, as_json: bool) -> None:
         console.note(f"The database that was there is kept as {kept}.")
 
 
-@click.command("export")
-@file_argument
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
-@as_json
-@with_appcontext
-def export(file: Path, force: bool, as_json: bool) -> None:
-    """Write all that is in the database into FILE, for `import` into another of any kind.
-
-    FILE is JSON lines, squeezed if its name ends in .gz. Private keys are in it: it is as secret as the
-    database.
-    """
-    if database.ways(config.settings()).is_serving(config.settings()):
-        console.note("A server runs: what happens from now on is not in FILE. To move, stop it first.")
-    with _faults(), _bar("Exporting") as tell:
-        header = transfer.export(file, overwrite=force, progress=tell)
-    if as_json:
-        console.show_json({"file": str(file.absolute()), "bytes": file.stat().st_size, "rows": header.rows})
-    else:
-        name = config.settings().database_name
-        console.note(f"{name} is in {file}, which is as secret: {_what_is_in(header)}.")
-
-
-@click.command("import")
-@file_argument
-@as_json
-def bring_in(file: Path, as_json: bool) -> None:
-    """Fill a new database with what is in FILE, an export; no server may run on it."""
-    settings = _settings()
-    with _faults(), _bar("Importing") as tell:
-        header = transfer.bring_in(settings, file, progress=tell)
-    if as_json:
-        console.show_json({"file": str(file.absolute()), "rows": header.rows})
-        return
-    name, told = settings.database_name, _what_is_in(header)
-    console.note(f"{name} is now what was exported at {header.exported_at}: {told}.")
-    console.note(
-        "What is in no database must be carried over too: the admin token"
-        f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if there is one,"
-        f" LANYARD_ISSUER (here {settings.issuer}) and LANYARD_AUDIENCE."
-    )
-
-
 @click.command("purge")
 @click.option("--vacuum", is_flag=True, help="Shrink the file too: for its time, writers wait.")
 @as_json
@@ -166,11 +121,7 @@ def examine(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, export, bring_in, purge, examine)
-
-
-def _what_is_in(header: Header) -> str:
-    return ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
+COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, examine)
 
 
 def _admin_token_file(settings: Settings) -> Path:
@@ -189,7 +140,7 @@ def _settings() -> Settings:
 def _faults() -> Iterator[None]:
     try:
         yield
-    except (backup.BackupError, CrateError) as error:
+    except backup.BackupError as error:
         raise click.ClickException(str(error)) from None
     except (OSError, sqlite3.OperationalError) as error:
         raise click.ClickException(f"{error}.") from None

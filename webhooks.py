@@ -10,19 +10,22 @@ from typing import Any
 import sqlalchemy as sa
 
 import bearer
-import clock
 import credentials
 import events
 import schemas
-import vault
-import waiting
 import wall
 from config import settings
-from database import newest_page, writing
-from models import Delivery, Webhook, db
+from database import newest_page, reading, writing
+from models import Delivery, EncryptedText, Event, Webhook, now
 from wire import Blueprint, Problem, is_text
 
 MAX_RETRIES = 9  # as many as the schedule has
+
+# Without the secrets, which are decrypted as they are read.
+_SHOWN = [column for column in Webhook.__table__.columns if not isinstance(column.type, EncryptedText)]
+_DELIVERIES: sa.Select[*tuple[Any, ...]] = sa.select(Delivery, Event.id.label("event_id"), Event.type).join(
+    Event, Event.pk == Delivery.event_pk
+)
 
 room = Blueprint("webhooks", __name__, url_prefix="/api", description="Webhooks (management)")
 room.before_request(bearer.require_operator)
@@ -42,13 +45,13 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
     """Make a webhook; its secret is in this answer and never in another."""
     _check_url(fields)
     secret = credentials.new_webhook_secret()
-    now = clock.now()
-    webhook = Webhook(id=str(uuid.uuid4()), secret=vault.seal(secret), created_at=now, updated_at=now)
-    for name, value in {"max_retries": MAX_RETRIES, **fields}.items():
-        setattr(webhook, name, value)
-    with writing():
-        _record("webhook.created", webhook)
-        db.session.add(webhook)
+    webhook_id = str(uuid.uuid4())
+    row = {"id": webhook_id, "secret": secret, "created_at": now(), "updated_at": now()}
+    row |= {"max_retries": MAX_RETRIES, **fields}
+    with writing() as connection:
+        # Before the webhook is there: a webhook is not notified of its own creation.
+        _record(connection, "webhook.created", webhook_id, fields["name"])
+        webhook = connection.execute(sa.insert(Webhook).values(row).returning(*_SHOWN)).one()
     return {"webhook": webhook, "secret": secret}, 201, {"Location": f"/api/webhooks/{webhook.id}"}
 
 
@@ -56,32 +59,31 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
 @room.response(200, schemas.WebhookList)
 def list_webhooks() -> dict[str, Any]:
     """All webhooks, newest first."""
-    return {"webhooks": everyone()}
+    return {"webhooks": list_all()}
 
 
 @room.get("/webhooks/<webhook_id>")
 @room.response(200, schemas.WebhookAnswer)
-def show_webhook(webhook_id: str) -> dict[str, Webhook]:
+def show_webhook(webhook_id: str) -> dict[str, Any]:
     """One webhook."""
-    return {"webhook": _find(webhook_id)}
+    with reading() as connection:
+        return {"webhook": _find(connection, webhook_id)}
 
 
 @room.route("/webhooks/<webhook_id>", methods=["PATCH", "PUT"])
 @room.arguments(schemas.WebhookUpdate)
 @room.response(200, schemas.WebhookAnswer)
-def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Webhook]:
-    """Change what is given, leave the rest; one switched on again starts with a clean slate."""
+def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
+    """Change what is given, leave the rest; switching it on again forgets its earlier failures."""
     _check_url(fields)
-    with writing():
-        webhook = _find(webhook_id)
-        for name, value in fields.items():
-            setattr(webhook, name, value)
-        if fields.get("is_active"):
-            webhook.disabled_reason = None
-        if {"is_active", "url"} & set(fields):
-            webhook.failing_since = None
-        webhook.updated_at = clock.now()
-        _record("webhook.updated", webhook, changed=sorted(fields))
+    changes = {**fields, "updated_at": now()}
+    if fields.get("is_active"):
+        changes["disabled_reason"] = None
+    if {"is_active", "url"} & set(fields):
+        changes["failing_since"] = None
+    with writing() as connection:
+        webhook = _set(connection, _find(connection, webhook_id), **changes)
+        _record(connection, "webhook.updated", webhook.id, webhook.name, changed=sorted(fields))
     return {"webhook": webhook}
 
 
@@ -89,10 +91,10 @@ def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Webhook
 @room.response(204)
 def delete_webhook(webhook_id: str) -> None:
     """Delete the webhook with its deliveries."""
-    with writing():
-        webhook = _find(webhook_id)
-        db.session.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
-        _record("webhook.deleted", webhook)
+    with writing() as connection:
+        webhook = _find(connection, webhook_id)
+        connection.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
+        _record(connection, "webhook.deleted", webhook.id, webhook.name)
 
 
 @room.post("/webhooks/<webhook_id>/rotate")
@@ -101,28 +103,27 @@ def delete_webhook(webhook_id: str) -> None:
 def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, str]:
     """Give the webhook a new secret; for the grace period both sign."""
     secret = credentials.new_webhook_secret()
-    with writing():
-        webhook = _find(webhook_id)
-        grace_period = timedelta(seconds=fields["grace_period"])
-        webhook.old_secret = webhook.secret if grace_period else None
-        webhook.old_secret_expires_at = clock.now() + grace_period if grace_period else None
-        webhook.secret = vault.seal(secret)
-        webhook.updated_at = clock.now()
-        _record("webhook.updated", webhook, changed=["secret"])
+    grace_period = timedelta(seconds=fields["grace_period"])
+    with writing() as connection:
+        webhook = _find(connection, webhook_id)
+        old: dict[str, Any] = {"old_secret": None, "old_secret_expires_at": None}
+        if grace_period:
+            old = {"old_secret": Webhook.secret, "old_secret_expires_at": now() + grace_period}
+        _set(connection, webhook, secret=secret, updated_at=now(), **old)
+        _record(connection, "webhook.updated", webhook.id, webhook.name, changed=["secret"])
     return {"secret": secret}
 
 
 @room.post("/webhooks/<webhook_id>/test")
 @room.arguments(schemas.Nothing)
 @room.response(202, schemas.DeliveryAnswer)
-def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]:
+def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Send this webhook a `webhook.test` event, whatever it subscribes to."""
-    with writing():
-        webhook = _switched_on(webhook_id)
-        told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
-        event_pk = events.record("webhook.test", only_webhook=webhook.pk, **told)
-        db.session.flush()
-        delivery = db.session.scalars(sa.select(Delivery).where(Delivery.event_pk == event_pk)).one()
+    with writing() as connection:
+        webhook = _find_active(connection, webhook_id)
+        facts: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
+        event_pk = events.record(connection, "webhook.test", only_webhook=webhook.pk, **facts)
+        delivery = connection.execute(_DELIVERIES.where(Delivery.event_pk == event_pk)).one()
     return {"delivery": delivery}
 
 
@@ -136,44 +137,48 @@ def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
 
 @room.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
 @room.response(200, schemas.DeliveryAnswer)
-def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
+def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """One delivery."""
-    return {"delivery": _find_delivery(webhook_id, delivery_id)}
+    with reading() as connection:
+        return {"delivery": _find_delivery(connection, webhook_id, delivery_id)}
 
 
 @room.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/redeliver")
 @room.arguments(schemas.Nothing)
 @room.response(202, schemas.DeliveryAnswer)
-def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
+def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """Send it again from the start, under the same id."""
     return send_again(webhook_id, delivery_id)
 
 
-def everyone() -> Sequence[Webhook]:
+def list_all() -> Sequence[Any]:
     """All webhooks, newest first."""
-    return db.session.scalars(sa.select(Webhook).order_by(Webhook.pk.desc())).all()
+    with reading() as connection:
+        return connection.execute(sa.select(*_SHOWN).order_by(Webhook.pk.desc())).all()
 
 
 def page(webhook_id: str, query: dict[str, Any]) -> dict[str, Any]:
-    """A page of deliveries, as `schemas.DeliveryPage` tells it; `query` as `DeliveryQuery` loads it."""
-    statement = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk)
-    if query["status"] is not None:
-        statement = statement.where(Delivery.status == query["status"])
-    found, following = newest_page(statement, Delivery.pk, query)
+    """A page of deliveries, as `schemas.DeliveryPage` shows it; `query` as `DeliveryQuery` loads it."""
+    with reading() as connection:
+        statement = _DELIVERIES.where(Delivery.webhook_pk == _find(connection, webhook_id).pk)
+        if query["status"] is not None:
+            statement = statement.where(Delivery.status == query["status"])
+        found, following = newest_page(connection, statement, Delivery.pk, query)
     return {"deliveries": found, "next": following}
 
 
-def send_again(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
+def send_again(webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """Make the delivery due now, as if it had never been tried.
 
     :raises Problem: 404; 409 when the webhook is switched off.
     """
-    with writing():
-        _switched_on(webhook_id)
-        delivery = _find_delivery(webhook_id, delivery_id)
-        delivery.status, delivery.attempts, delivery.next_attempt_at = "pending", 0, clock.now()
-        delivery.response_status = delivery.response_body = delivery.error = None
-    return {"delivery": delivery}
+    anew = {"status": "pending", "attempts": 0, "next_attempt_at": now()}
+    anew |= dict.fromkeys(("response_status", "response_body", "error"))
+    with writing() as connection:
+        _find_active(connection, webhook_id)
+        pk = _find_delivery(connection, webhook_id, delivery_id).pk
+        connection.execute(sa.update(Delivery).where(Delivery.pk == pk).values(anew))
+        return {"delivery": _find_delivery(connection, webhook_id, delivery_id)}
 
 
 def _check_url(fields: dict[str, Any]) -> None:
@@ -183,36 +188,40 @@ def _check_url(fields: dict[str, Any]) -> None:
     try:
         target = wall.parse(fields["url"], allow_private=allow_private)
         if not allow_private:
-            waiting.step_aside()
             wall.resolve(target, allow_private=False)
     except wall.Refused as refusal:
         raise Problem(400, "invalid_request", f"'url': {refusal}", fields={"url": [str(refusal)]}) from None
 
 
-def _find(webhook_id: str) -> Webhook:
+def _find(connection: sa.Connection, webhook_id: str) -> Any:
     # PostgreSQL has no NUL in texts.
-    known = is_text(webhook_id)
-    webhook = db.session.scalar(sa.select(Webhook).where(Webhook.id == webhook_id)) if known else None
+    statement = sa.select(*_SHOWN).where(Webhook.id == webhook_id)
+    webhook = connection.execute(statement).first() if is_text(webhook_id) else None
     if webhook is None:
         raise Problem(404, "not_found", "No webhook has this id.")
     return webhook
 
 
-def _switched_on(webhook_id: str) -> Webhook:
-    webhook = _find(webhook_id)
+def _find_active(connection: sa.Connection, webhook_id: str) -> Any:
+    webhook = _find(connection, webhook_id)
     if not webhook.is_active:
         raise Problem(409, "conflict", "This webhook is switched off: PATCH it with is_active true first.")
     return webhook
 
 
-def _find_delivery(webhook_id: str, delivery_id: str) -> Delivery:
+def _find_delivery(connection: sa.Connection, webhook_id: str, delivery_id: str) -> Any:
     pk = int(delivery_id) if delivery_id.isascii() and delivery_id.isdigit() and len(delivery_id) < 19 else 0
-    mine = sa.select(Delivery).where(Delivery.webhook_pk == _find(webhook_id).pk, Delivery.pk == pk)
-    delivery = db.session.scalar(mine)
+    mine = Delivery.webhook_pk == _find(connection, webhook_id).pk
+    delivery = connection.execute(_DELIVERIES.where(mine, Delivery.pk == pk)).first()
     if delivery is None:
         raise Problem(404, "not_found", "This webhook has no delivery with this id.")
     return delivery
 
 
-def _record(event: str, webhook: Webhook, **told: Any) -> None:
-    events.record(event, **{"webhook_id": webhook.id, "webhook_name": webhook.name, **told})
+def _set(connection: sa.Connection, webhook: Any, **columns: Any) -> Any:
+    changed = sa.update(Webhook).where(Webhook.pk == webhook.pk).values(columns).returning(*_SHOWN)
+    return connection.execute(changed).one()
+
+
+def _record(connection: sa.Connection, event: str, webhook_id: str, name: str, **facts: Any) -> None:
+    events.record(connection, event, **{"webhook_id": webhook_id, "webhook_name": name, **facts})

@@ -19,12 +19,12 @@ from gunicorn.http import errors, wsgi
 from gunicorn.util import http_date
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-import credentials
 import headers
 import journal
 import tally
 import waiting
 from arrival import Arrival, Refused
+from models import new_id
 from wire import MAX_BODY
 
 ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
@@ -400,7 +400,7 @@ class Worker(ThreadWorker):
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
         """What gunicorn's parser refuses, in the one error shape."""
         status = next((code for kind, code in _STATUS_OF.items() if isinstance(exc, kind)), None)
-        request_id = credentials.new_request_id()
+        request_id = new_id("req_")
         if status is None and not isinstance(exc, errors.ParseException):
             self.log.exception("Error handling the request %s", request_id)
         refused = status or (400 if isinstance(exc, errors.ParseException) else 500)
@@ -415,7 +415,7 @@ class Worker(ThreadWorker):
         origin: str | None = None,
     ) -> None:
         """Answer as the app does, without it."""
-        request_id = request_id or credentials.new_request_id()
+        request_id = request_id or new_id("req_")
         more = headers.of_refusal(self.app.wsgi(), origin)
         size = _send_refusal(sock, status, {**more, "X-Request-Id": request_id})
         # Over a Unix socket there is no address.

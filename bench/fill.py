@@ -14,12 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sqlalchemy as sa
 
-import clock
 import credentials
 from app import create_app
 from config import Settings
 from database import writing
-from models import Agent, ClientSecret, RefreshFamily
+from models import Agent, ClientSecret, RefreshFamily, now
 
 BATCH = 10_000
 
@@ -48,7 +47,7 @@ def _insert(statement: sa.Insert, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def _agent(pk: int) -> dict[str, Any]:
-    now = clock.now()
+    moment = now()
     return {
         "pk": pk,
         "id": str(uuid.uuid4()),
@@ -58,8 +57,8 @@ def _agent(pk: int) -> dict[str, Any]:
         "audiences": [],
         "metadata": {"team": f"team {pk % 50}"},
         "token_endpoint_auth_method": "client_secret_basic",
-        "created_at": now,
-        "updated_at": now,
+        "created_at": moment,
+        "updated_at": moment,
     }
 
 
@@ -69,12 +68,12 @@ def _secret(agent_pk: int, secret: credentials.NewSecret) -> dict[str, Any]:
         "agent_pk": agent_pk,
         "hint": secret.hint,
         "hash": secret.hash,
-        "created_at": clock.now(),
+        "created_at": now(),
     }
 
 
 def _family(agent_pk: int, number: int) -> dict[str, Any]:
-    now = clock.now()
+    moment = now()
     return {
         "id": credentials.new_family_id(),
         "agent_pk": agent_pk,
@@ -82,8 +81,8 @@ def _family(agent_pk: int, number: int) -> dict[str, Any]:
         "token_version": 1,
         "scopes": ["read"],
         "audiences": ["http://localhost:8080"],
-        "issued_at": now,
+        "issued_at": moment,
         # They end over the week to come.
-        "expires_at": now + timedelta(seconds=3600 + number % 600_000),
-        "ends_at": now + timedelta(days=30),
+        "expires_at": moment + timedelta(seconds=3600 + number % 600_000),
+        "ends_at": moment + timedelta(days=30),
     }

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from werkzeug.test import TestResponse
 
-import clock
+import models
 from app import create_app
-from config import HERE, Settings
+from config import HERE, Settings, state
 from models import db
 
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
@@ -127,8 +127,7 @@ def close(app: Flask) -> None:
     """End the server that the app is: let go of its connections, and of its mark on the database."""
     with app.app_context():
         db.engine.dispose()
-    vars(app.extensions["lanyard.prepared"]).clear()
-    app.extensions.get("lanyard.serving", lambda: None)()
+    state(app).stop_serving()
 
 
 def settings_for(folder: Path, **variables: str) -> Settings:
@@ -262,10 +261,14 @@ class Clock:
     """The test's hand on the one clock."""
 
     def __init__(self) -> None:
-        self.moment = clock.now()
+        self.moment = models.now()
 
     def now(self) -> datetime:
         return self.moment
+
+    def time(self) -> float:
+        """Stand in for `time.time` in models.py."""
+        return self.moment.timestamp()
 
     def advance(self, **by: float) -> None:
         self.moment += timedelta(**by)
@@ -275,7 +278,7 @@ class Clock:
 def time_machine(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Stops the clock; `advance(days=1)` moves it."""
     hand = Clock()
-    monkeypatch.setattr(clock, "now", hand.now)
+    monkeypatch.setattr(models, "time", hand)
     return hand
 
 

@@ -21,9 +21,9 @@ from joserfc.jws import JWSRegistry
 from test_tokens import FORM, refused
 from werkzeug.test import TestResponse
 
-import clock
 import credentials
 from clients import ASSERTION_ALGORITHMS
+from models import now
 
 
 def ask_basic(client: FlaskClient, username: str, password: str, **form: str) -> TestResponse:
@@ -211,8 +211,8 @@ def test_each_algorithm_proves_an_agent(client: FlaskClient, operator: Operator,
     key = generate(algorithm)
     agent = register(operator, key)
     claims = {name: agent["client_id"] for name in ("iss", "sub")}
-    now = int(clock.now().timestamp())
-    claims |= {"aud": "http://localhost:8080/oauth/token", "exp": now + 60, "jti": "once"}
+    moment = int(now().timestamp())
+    claims |= {"aud": "http://localhost:8080/oauth/token", "exp": moment + 60, "jti": "once"}
     assertion = jwt.encode({"alg": algorithm}, claims, key, registry=ASSERTION_ALGORITHMS)
     response = ask_signed(client, assertion)
     assert response.status_code == 200, response.text
@@ -233,9 +233,9 @@ def test_authlibs_client_makes_assertions_that_work(client: FlaskClient, operato
 def test_any_of_several_keys_will_do(client: FlaskClient, operator: Operator, key: Key) -> None:
     other = RSAKey.generate_key(2048)
     agent = register(operator, other, key)
-    now = int(clock.now().timestamp())
+    moment = int(now().timestamp())
     claims = {"iss": agent["client_id"], "sub": agent["client_id"], "jti": "1"}
-    claims |= {"aud": "http://localhost:8080", "exp": now + 60}
+    claims |= {"aud": "http://localhost:8080", "exp": moment + 60}
     assert ask_signed(client, jwt.encode({"alg": "ES256"}, claims, key)).status_code == 200
 
 
@@ -385,9 +385,9 @@ def test_an_agent_with_a_secret_may_have_keys_as_well(
     client: FlaskClient, operator: Operator, key: Key
 ) -> None:
     agent = operator.create(jwks={"keys": [key.as_dict(private=False)]})
-    now = int(clock.now().timestamp())
+    moment = int(now().timestamp())
     claims = {"iss": agent["client_id"], "sub": agent["client_id"], "jti": "1"}
-    claims |= {"aud": "http://localhost:8080", "exp": now + 60}
+    claims |= {"aud": "http://localhost:8080", "exp": moment + 60}
     assert ask_signed(client, jwt.encode({"alg": "ES256"}, claims, key)).status_code == 200
     assert ask_token(client, agent).status_code == 200
 

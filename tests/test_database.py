@@ -14,25 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import on_postgresql
-import psycopg
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Operator, ask_refresh, ask_token, contents, settings_for
+from conftest import OPERATOR, Operator, ask_refresh, ask_token, contents, engine_of, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 
-import database
 import models
 import postgresql
-import prepared
 import sqlite
 from app import create_app
-from database import writing
+from database import reading, writing
 from models import Agent, SigningKey, db
 
 
 def pragma(name: str) -> Any:
-    return db.session.scalar(sa.text(f"PRAGMA {name}"))
+    with reading() as connection:
+        return connection.scalar(sa.text(f"PRAGMA {name}"))
 
 
 @pytest.mark.sqlite
@@ -56,13 +54,14 @@ def test_durability_is_chosen_for_each_transaction(app: Flask) -> None:
 def durabilities(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each write transaction is durable once it is committed."""
     found: list[bool] = []
-    real = database.begin_writing
+    backend = postgresql if on_postgresql.is_used() else sqlite
+    real = backend.begin_writing
 
-    def begin_writing(*args: Any, durable: bool, **options: Any) -> None:
-        real(*args, durable=durable, **options)
+    def begin_writing(connection: sa.Connection, *, durable: bool, **options: bool) -> None:
+        real(connection, durable=durable, **options)
         found.append(durable)
 
-    monkeypatch.setattr(database, "begin_writing", begin_writing)
+    monkeypatch.setattr(backend, "begin_writing", begin_writing)
     return found
 
 
@@ -86,9 +85,9 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
 def lock(folder: Path) -> Any:
     """Another process's write lock, as far as the database can tell; `close()` ends it."""
     if on_postgresql.is_used():
-        connection = psycopg.connect(on_postgresql.url_of(folder / "instance").replace("+psycopg", ""))
-        postgresql.begin_writing(connection, {}, durable=True, patient=True, alone=True)
-        return connection
+        writer = engine_of(folder / "instance").connect().execution_options(isolation_level="AUTOCOMMIT")
+        postgresql.begin_writing(writer, durable=True, patient=True, exclusive=True)
+        return writer
     path = folder / "instance" / "lanyard.db"
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("BEGIN IMMEDIATE")
@@ -107,7 +106,7 @@ def test_a_database_locked_for_long_is_a_503(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.05)
-    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 50)
+    monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 50)
     operator = Operator(make_app())
     other = lock(tmp_path)
     refused = operator.call("POST", json={"name": "x"})
@@ -145,7 +144,7 @@ def test_who_waits_for_the_lock_is_not_starved_by_those_who_come_after(app: Flas
         longest = 0.0
         with app.app_context():
             while (began := time.monotonic()) < until:
-                with prepared.writing(durable=False):
+                with writing(durable=False, exclusive=False):
                     longest = max(longest, time.monotonic() - began)
                     time.sleep(0.001)
                 time.sleep(0.004)  # what else a request does

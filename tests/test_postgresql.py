@@ -38,12 +38,10 @@ from test_serving import token_body
 import doctor
 import events
 import postgresql
-import prepared
 import throttle
-import waiting
 from app import create_app
 from config import HERE, SettingError
-from database import may_pass, writing
+from database import is_transient, reading, writing
 from models import FailedSignIns, db
 
 pytestmark = pytest.mark.skipif(not on_postgresql.is_used(), reason="needs PostgreSQL: make test-postgresql")
@@ -215,7 +213,7 @@ def test_after_a_restart_of_postgresql_no_request_fails(
 
 def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operator: Operator) -> None:
     agent = operator.create()
-    with app.app_context(), prepared.writing(durable=False):
+    with app.app_context(), writing(durable=False, exclusive=False):
         assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
         waiting = threading.Thread(target=operator.create)
         waiting.start()
@@ -234,8 +232,8 @@ def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert json.loads(process.stdout.readline())["type"] == "agent.created"
-        with app.app_context(), prepared.writing(durable=True) as link:
-            events.record("token.revoked", None, link)
+        with app.app_context(), writing(exclusive=False) as connection:
+            events.record(connection, "token.revoked")
             assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
             assert json.loads(process.stdout.readline())["type"] == "token.issued"
         assert json.loads(process.stdout.readline())["type"] == "token.revoked"
@@ -258,10 +256,11 @@ def test_following_events_outlives_a_restart_of_postgresql(operator: Operator, t
 
 
 def test_after_a_lock_was_not_had_the_thread_goes_on(
-    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = operator.create()
-    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 200)
+    monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 200)
+    app = make_app()
+    agent = Operator(app).create()
     client = app.test_client()
 
     def ask_twice() -> list[int]:
@@ -280,10 +279,11 @@ def test_after_a_lock_was_not_had_the_thread_goes_on(
 
 
 def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
-    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent = operator.create()
-    monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 2000)
+    monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 2000)
+    app = make_app()
+    agent = Operator(app).create()
     took = []
     with app.app_context(), writing():
         for _ in range(3):
@@ -295,18 +295,16 @@ def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
     assert run_beside(lambda: ask_token(app.test_client(), agent)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "begin",
-    [lambda: prepared.writing(durable=True), lambda: writing()],
-    ids=["prepared", "session"],
-)
-def test_who_stands_still_in_the_middle_of_writing_loses_the_lock(
-    app: Flask, operator: Operator, monkeypatch: pytest.MonkeyPatch, begin: Callable[[], Any]
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_a_client_that_stops_in_the_middle_of_writing_loses_the_lock(
+    make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, exclusive: bool
 ) -> None:
-    monkeypatch.setattr(postgresql, "_IDLE_TIMEOUT", "idle_in_transaction_session_timeout = 300")
+    monkeypatch.setitem(postgresql._SESSION, "idle_in_transaction_session_timeout", 300)
+    app = make_app()
+    operator = Operator(app)
 
     def stand_still() -> None:
-        with app.app_context(), begin():
+        with app.app_context(), writing(exclusive=exclusive):
             time.sleep(1)
 
     with ThreadPoolExecutor(1) as pool:
@@ -316,7 +314,7 @@ def test_who_stands_still_in_the_middle_of_writing_loses_the_lock(
         assert not standing.done()
         with pytest.raises(sa.exc.DBAPIError) as failed:
             standing.result(5)
-    assert may_pass(failed.value)
+    assert is_transient(failed.value)
 
 
 def test_a_server_that_hangs_is_given_up(
@@ -324,8 +322,8 @@ def test_a_server_that_hangs_is_given_up(
 ) -> None:
     agent = operator.create()
     monkeypatch.setattr(postgresql, "ANSWER_TIMEOUT", 0.3)
-    with app.app_context():
-        hanging = prepared._kept().link.driver.info.backend_pid
+    with app.app_context(), reading() as connection:
+        hanging = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
     os.kill(hanging, signal.SIGSTOP)
     try:
         refused = ask_token(app.test_client(), agent)
@@ -400,27 +398,26 @@ def test_a_server_waits_for_postgresqls_answer_but_not_for_ever(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgresql, "ANSWER_TIMEOUT", 0.5)
-    stepped_aside = threading.Event()
-    sleeping = sa.func.pg_sleep(sa.bindparam("seconds"))
-    sleep = prepared.Prepared(sa.select(sa.cast(sleeping, sa.Text).label("slept")))
+
+    def sleep(seconds: int) -> None:
+        with reading() as connection:
+            connection.execute(sa.select(sa.func.pg_sleep(seconds)))
 
     def ask_it() -> list[float]:
-        waiting.before_waiting(stepped_aside.set)
         took = []
         with app.app_context():
             for _ in range(2):
                 began = time.monotonic()
                 with pytest.raises(sa.exc.DBAPIError) as failed:
-                    sleep.first(seconds=30)
+                    sleep(30)
                 took.append(time.monotonic() - began)
-                assert may_pass(failed.value)
-            assert sleep.first(seconds=0) is not None
+                assert is_transient(failed.value)
+            sleep(0)
             assert not postgresql._is_silent.is_set()
         return took
 
     app = make_app()
     assert all(0.5 <= seconds < 0.95 for seconds in run_beside(ask_it, seconds=10))
-    assert stepped_aside.is_set()
 
 
 def test_a_command_needs_no_folder(make_app: Callable[..., Flask], tmp_path: Path) -> None:
@@ -442,9 +439,8 @@ def test_durability_is_chosen_for_each_transaction(app: Flask, durable: bool, le
     with app.app_context():
         with writing(durable=durable) as connection:
             assert connection.scalar(sa.text("SHOW synchronous_commit")) == level
-        with prepared.writing(durable=durable) as link:
-            assert link.driver.execute("SHOW synchronous_commit").fetchone() == (level,)
-        assert db.session.scalar(sa.text("SHOW synchronous_commit")) == "on"
+        with reading() as connection:
+            assert connection.scalar(sa.text("SHOW synchronous_commit")) == "on"
 
 
 def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machine: Clock) -> None:

@@ -15,7 +15,7 @@ from expected import ISSUER, Agent, Grant, Secret, written
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from werkzeug.test import TestResponse
 
-import clock
+import models
 from app import create_app
 
 
@@ -26,7 +26,7 @@ class World(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(clock, "now", self.clock.now)
+        self.patch.setattr(models, "time", self.clock)
         self.folder = Path(tempfile.mkdtemp(dir=first_start.parent))
         copy_instance(first_start, self.folder)
         settings = settings_for(self.folder, SIGNING_ALG="ES256", EVENT_RETENTION_DAYS="3650")
