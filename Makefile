@@ -39,7 +39,7 @@ bench: .venv/installed-dev ## measure everything beside an empty Flask route (ab
 	@$(BIN)/python bench/bench.py
 
 soak: .venv/installed-dev ## kill it, fill its disk, lock its files, move its clock, and see what it kept (three minutes)
-	@$(BIN)/python soak/soak.py
+	@$(BIN)/python tests/soak/soak.py
 
 # Clients written in JavaScript are tested where npm is.
 tests/node/node_modules: tests/node/package-lock.json

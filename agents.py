@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from flask import g
 
-import bearer
 import credentials
 import events
 import schemas
@@ -23,10 +23,8 @@ ROTATIONS_SHOWN = 100
 _ONE = "/<string(minlength=3):agent_id>"
 
 management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")
-management.before_request(bearer.require_operator)
 
 self_service = Blueprint("me", __name__, url_prefix="/api/agents/me", description="An agent on itself")
-self_service.before_request(bearer.require_agent)
 
 
 @management.post("")
@@ -138,7 +136,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 @self_service.response(200, schemas.AgentAnswer)
 def show_me() -> dict[str, Any]:
     """The agent whose token this is."""
-    return {"agent": bearer.current_agent()}
+    return {"agent": g.agent}
 
 
 @self_service.get("/usage")
@@ -146,7 +144,7 @@ def show_me() -> dict[str, Any]:
 def show_my_usage() -> dict[str, Any]:
     """What the agent did: totals, rotations, and the last thirty days."""
     with reading() as connection:
-        return usage(connection, bearer.current_agent())
+        return usage(connection, g.agent)
 
 
 @self_service.post("/rotate")
@@ -324,8 +322,8 @@ def find(connection: sa.Connection, agent_id: str) -> Any:
 
 def _myself(connection: sa.Connection) -> Any:
     """The calling agent, checked again under the write lock: it may have died since."""
-    bearer.require_agent()
-    return find(connection, bearer.current_agent().id)
+    g.guard()
+    return find(connection, g.agent.id)
 
 
 def _columns(fields: dict[str, Any]) -> dict[str, Any]:

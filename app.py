@@ -11,34 +11,58 @@ from typing import Any
 
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, current_app, g, jsonify, request
 from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
-import access
 import agents
+import auth
 import config
 import credentials
 import database
 import events
-import headers
-import housekeeping
-import journal
 import keys
-import management
 import metadata
 import metrics
 import oauth
 import openapi
 import reference
 import tally
-import upgrade
-import webhooks
 from config import HERE, VERSION, SettingError, Settings
+from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db
+from ops import access_log, cleanup
+from storage import postgresql
+from webhooks import routes as webhooks
 from wire import MAX_BODY, Blueprint, Problem
 
 log = logging.getLogger("lanyard")
+
+# Which check a request must pass, by blueprint; whoever is not here is open to anyone.
+GUARDS = {
+    "agents": auth.require_operator,
+    "me": auth.require_agent,
+    "webhooks": auth.require_operator,
+    "keys": auth.require_operator,
+    "events": auth.require_operator,
+    "metrics": auth.require_operator,
+}
+# Headers of every response that does not set them itself.
+HEADERS = {
+    # RFC 6749 §5.1 for tokens; agents and secrets are nobody's to keep either.
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    # JSON opened in a browser loads nothing and is framed by nobody.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+_HSTS = "max-age=31536000"  # RFC 6797 §7.2: over TLS only
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-Id",
+    "Access-Control-Max-Age": "600",  # seconds
+}
+_EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
 service = Blueprint("service", __name__, description="The service itself")
 
@@ -68,14 +92,15 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     # First of all: a request that local mode refuses has an id too, and a line in the log.
-    journal.init_app(app, settings)
+    access_log.init_app(app, settings)
     events.init_app(app)
-    headers.init_app(app, settings)
+    _init_headers(app, settings)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)
     metadata.init_app(app, settings)
-    housekeeping.init_app(app)
+    cleanup.init_app(app)
+    app.before_request(_guard)
     _register_routes(app)
     _register_error_handlers(app)
     metrics.init_app(app)
@@ -92,9 +117,11 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     try:
         prepare = partial(_prepare_database, settings, serving)
         database.init_database(app, settings, serving=serving, prepare=prepare)
-        access.init_app(app, settings, serving=serving)
+        auth.init_app(app, settings, serving=serving)
     except DecryptionError as error:
         raise SettingError(f"{error}.") from None
+    except postgresql.EncodingError as error:
+        raise SettingError(str(error)) from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -161,11 +188,59 @@ def ready() -> dict[str, str]:
     return {"status": "ready"}
 
 
+def _guard() -> None:
+    """Run the check of the request's blueprint; `g.guard` runs it again, under a write lock."""
+    guard = GUARDS.get(request.blueprint or "")
+    if guard is not None:
+        g.guard = guard
+        guard()
+
+
+def _init_headers(app: Flask, settings: Settings) -> None:
+    """Add headers to every response, and CORS for the origins that the settings name."""
+    app.after_request(_add_headers)
+    if settings.cors_origins:
+        app.before_request(_answer_preflight)
+        app.after_request(_allow_origin)
+
+
+def _add_headers(response: Response) -> Response:
+    headers = response.headers
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
+    if request.is_secure:
+        headers.setdefault("Strict-Transport-Security", _HSTS)
+    return response
+
+
+def _answer_preflight() -> Response | None:
+    """What a browser asks before a page of another site may send its request (Fetch §4.8)."""
+    asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if not asks or not _is_allowed_origin():
+        return None
+    response: Response = current_app.response_class(status=204, headers=_PREFLIGHT)
+    return response
+
+
+def _allow_origin(response: Response) -> Response:
+    # An answer to one origin, or to none, must not be a cache's answer to another.
+    response.vary.add("Origin")
+    if _is_allowed_origin():
+        response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+        response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+    return response
+
+
+def _is_allowed_origin() -> bool:
+    # Never Access-Control-Allow-Credentials: a page shows a token it holds, no cookie or kept password.
+    return request.headers.get("Origin") in config.settings().cors_origins
+
+
 def _register_routes(app: Flask) -> None:
     # In the order in which the documents tell of them.
     for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
-    for blueprint in (management.keys_room, management.event_log, metadata.blueprint, service):
+    for blueprint in (keys.bp, events.bp, metadata.blueprint, service):
         app.register_blueprint(blueprint)
     for blueprint in (metrics.room, openapi.blueprint, reference.blueprint):
         app.register_blueprint(blueprint)

@@ -17,7 +17,7 @@ from flask import Flask, current_app
 if TYPE_CHECKING:  # only `State` needs them: at run time nothing here imports another module
     from authlib.integrations.flask_oauth2 import AuthorizationServer
 
-    from access import GivenToken, KeptToken
+    from auth import GivenToken, KeptToken
     from credentials import SecretChecker
     from keys import Keyring
 

@@ -12,10 +12,9 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.orm import InstrumentedAttribute
 
-import postgresql
-import sqlite
 from config import Settings, settings, state
 from models import Base, EncryptedText, db, decrypt, encrypt, is_encrypted
+from storage import postgresql, sqlite
 
 # PostgreSQL's error codes (its manual, appendix A), and what to do about them.
 _HELP = {

@@ -12,28 +12,11 @@ import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
 from sqlalchemy.exc import DBAPIError
 
-from database import is_transient, writing
+import schemas
+from database import is_transient, newest_page, reading, writing
 from models import Delivery, Event, Moment, Number, Webhook, has_word, new_id, now
+from wire import Blueprint
 
-TYPES = (
-    "agent.created",
-    "agent.updated",
-    "agent.deactivated",
-    "agent.reactivated",
-    "agent.deleted",
-    "agent.credentials_rotated",
-    "token.issued",
-    "token.refreshed",
-    "token.revoked",
-    "token.reuse_detected",
-    "auth.failed",
-    "key.rotated",
-    "webhook.created",
-    "webhook.updated",
-    "webhook.deleted",
-    "webhook.test",
-)
-GROUPS = ("*", "agent.*", "token.*", "auth.*", "key.*", "webhook.*")
 OPERATOR = "admin"
 NOBODY = "anonymous"
 
@@ -155,3 +138,23 @@ def _name_request() -> None:
 def _tell_request_id(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.request_id
     return response
+
+
+bp = Blueprint("events", __name__, url_prefix="/api/events", description="What happened (management)")
+
+
+@bp.get("")
+@bp.arguments(schemas.EventQuery, location="query")
+@bp.response(200, schemas.EventPage)
+def list_events(query: dict[str, Any]) -> dict[str, Any]:
+    """What happened, newest first; `next` is the `after` of the page that follows."""
+    statement = sa.select(Event)
+    if query["agent_id"] is not None:
+        statement = statement.where(Event.agent_id == query["agent_id"])
+    if query["type"] is not None:
+        group = query["type"].removesuffix("*")
+        exactly = group == query["type"]
+        statement = statement.where(Event.type == group if exactly else Event.type.startswith(group))
+    with reading() as connection:
+        page, following = newest_page(connection, statement, Event.pk, query)
+    return {"events": page, "next": following}

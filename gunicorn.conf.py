@@ -9,9 +9,9 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import access
+import auth
 from config import SettingError, Settings, unknown_names
-from deliverer import Deliverer
+from webhooks.delivery import Deliverer
 
 try:
     settings = Settings.from_env()
@@ -111,7 +111,7 @@ def _local_lines(url: str) -> list[str]:
 
 
 def _guarded_lines(url: str) -> list[str]:
-    where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else str(access.admin_token_file(settings))
+    where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else str(auth.admin_token_file(settings))
     return [
         f"The management API wants the admin token, which is in {where}.",
         f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER).",

@@ -9,10 +9,10 @@ from typing import Any
 from authlib.oauth2.rfc6749 import InvalidGrantError, InvalidRequestError, OAuth2Request, TokenMixin
 from authlib.oauth2.rfc7009 import RevocationEndpoint
 from authlib.oauth2.rfc7662 import IntrospectionEndpoint
+from flask import g
 
-import access
-import bearer
-import clients
+import auth
+import client_auth
 import credentials
 import events
 import tally
@@ -57,14 +57,14 @@ class _TokenEndpoint:
 
         :raises AuthenticationFailed: for anyone else.
         """
-        if access.carries_admin_token():
+        if auth.carries_admin_token():
             events.caller_is(events.OPERATOR)
             caller = Caller(None)
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
-            bearer.require_agent()
-            caller = Caller(None if bearer.is_admin() else bearer.current_agent().client_id)
+            auth.require_agent()
+            caller = Caller(None if auth.is_admin() else g.agent.client_id)
         else:
-            return Caller(clients.authenticate(request).get_client_id())
+            return Caller(client_auth.authenticate(request).get_client_id())
         if {"client_secret", "client_assertion"} & set(request.form):
             raise InvalidRequestError("Send credentials one way: in the header or in the body.")
         return caller
@@ -116,7 +116,7 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
 
     def revoke_token(self, token: KnownToken, request: OAuth2Request) -> None:
         """End it, in every worker, before the answer."""
-        if isinstance(token.agent, clients.Client):
+        if isinstance(token.agent, client_auth.Client):
             if tokens.end_family(token.agent, "token.revoked"):
                 tally.count_token("revoked")
             return
@@ -128,7 +128,7 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
 
 
 def _access_token(text: str) -> KnownToken | None:
-    found = bearer.look_at(text)
+    found = auth.look_at(text)
     if found is None:
         return None
     claims, agent = found

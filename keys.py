@@ -14,9 +14,11 @@ from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, impor
 from joserfc.jws import JWSRegistry
 
 import events
+import schemas
 from config import DAY, settings, state
-from database import reading
+from database import reading, writing
 from models import NEWEST_KEY, SigningKey, now
+from wire import Blueprint
 
 JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
 # A new key signs when every cache that could lack it has expired; a minute is for clocks and slow answers.
@@ -209,3 +211,24 @@ def _generate(alg: str) -> Key:
     if alg == "EdDSA":
         return OKPKey.generate_key("Ed25519")
     return RSAKey.generate_key(2048)
+
+
+bp = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
+
+
+@bp.get("")
+@bp.response(200, schemas.KeyList)
+def show_keys() -> dict[str, Any]:
+    """The signing keys, newest first, and where each is in its life."""
+    with reading() as connection:
+        return {"keys": list_keys(connection)}
+
+
+@bp.post("/rotate")
+@bp.arguments(schemas.KeyRotation)
+@bp.response(200, schemas.KeyAnswer)
+def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
+    """Publish a new key, which signs once every verifier can know it; at once, for a leak, with `now`."""
+    with writing() as connection:
+        rotate(connection, at_once=fields["now"])
+        return {"key": list_keys(connection)[0]}

@@ -12,8 +12,8 @@ from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
 from flask import Flask, Response, request
 
 import keys
-from bearer import ADMIN_SCOPE
-from clients import ASSERTION_ALGORITHMS, AUTH_METHODS
+from auth import ADMIN_SCOPE
+from client_auth import ASSERTION_ALGORITHMS, AUTH_METHODS
 from config import Settings, settings
 from wire import Blueprint
 

@@ -18,6 +18,26 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+# Types of events, and the names that webhooks and filters may use for groups of them.
+EVENT_TYPES = (
+    "agent.created",
+    "agent.updated",
+    "agent.deactivated",
+    "agent.reactivated",
+    "agent.deleted",
+    "agent.credentials_rotated",
+    "token.issued",
+    "token.refreshed",
+    "token.revoked",
+    "token.reuse_detected",
+    "auth.failed",
+    "key.rotated",
+    "webhook.created",
+    "webhook.updated",
+    "webhook.deleted",
+    "webhook.test",
+)
+EVENT_GROUPS = ("*", "agent.*", "token.*", "auth.*", "key.*", "webhook.*")
 _ENCRYPTED = "fernet:"  # prefix of a stored value that is encrypted
 
 

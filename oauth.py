@@ -18,7 +18,7 @@ from authlib.oauth2.rfc6749 import (
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from flask import Flask, Request, Response, jsonify, request
 
-import clients
+import client_auth
 import events
 import introspection
 import tally
@@ -153,9 +153,9 @@ class Server(AuthorizationServer):
 
     def authenticate_client(
         self, request: OAuth2Request, methods: list[str], endpoint: str = "token"
-    ) -> clients.Client:
+    ) -> client_auth.Client:
         """One answer for an unknown client and a wrong secret; Authlib's would tell them apart."""
-        return clients.authenticate(request)
+        return client_auth.authenticate(request)
 
     def handle_response(self, status: int, body: Any, headers: list[tuple[str, str]]) -> Response:
         """Answer as every other route does."""
@@ -180,7 +180,7 @@ class UnsupportedGrantType(UnsupportedGrantTypeError):
 class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     """RFC 6749 §4.4; a refresh token comes with the access token."""
 
-    TOKEN_ENDPOINT_AUTH_METHODS = clients.AUTH_METHODS
+    TOKEN_ENDPOINT_AUTH_METHODS = client_auth.AUTH_METHODS
 
     def validate_token_request(self) -> None:
         """Authlib's checks, and RFC 8707's."""
@@ -201,14 +201,16 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
 class RefreshTokenGrant(grants.RefreshTokenGrant):
     """RFC 6749 §6 with rotation; the refresh token is proof enough, credentials are checked when sent."""
 
-    TOKEN_ENDPOINT_AUTH_METHODS = clients.AUTH_METHODS
+    TOKEN_ENDPOINT_AUTH_METHODS = client_auth.AUTH_METHODS
 
     def validate_token_request(self) -> None:
         """Find the family, and narrow what it may be asked for."""
         text = self.request.form.get("refresh_token")
         if not text:
             raise InvalidRequestError("Send refresh_token.")
-        caller = clients.authenticate(self.request) if clients.carries_credentials(self.request) else None
+        caller = (
+            client_auth.authenticate(self.request) if client_auth.carries_credentials(self.request) else None
+        )
         client = tokens.use_refresh_token(text)
         named = caller.get_client_id() if caller else self.request.form.get("client_id")
         if named not in (None, client.get_client_id()):

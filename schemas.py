@@ -8,10 +8,9 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-import events
 from config import DAY
 from kinds import Flag, PublicKeys, Text, Timestamp, Whole, audience, no_repeats, scope
-from models import is_live, now
+from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
@@ -82,7 +81,7 @@ class EventQuery(PageQuery):
     """`GET /api/events`: filters."""
 
     agent_id = Text(min=0, max=36, load_default=None)
-    type = fields.String(load_default=None, validate=OneOf(events.TYPES + events.GROUPS))
+    type = fields.String(load_default=None, validate=OneOf(EVENT_TYPES + EVENT_GROUPS))
 
 
 class Nothing(Schema):
@@ -232,7 +231,7 @@ class EventPage(Answer):
 
 
 def _subscriptions(**options: Any) -> fields.List[str]:
-    known = fields.String(validate=OneOf(events.TYPES + events.GROUPS))
+    known = fields.String(validate=OneOf(EVENT_TYPES + EVENT_GROUPS))
     return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **options)
 
 

@@ -18,7 +18,7 @@ import credentials
 import events
 import keys
 import tally
-from clients import COLUMNS, AuthenticationFailed, Client
+from client_auth import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from database import reading, writing
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, now

@@ -19,12 +19,12 @@ from gunicorn.http import errors, wsgi
 from gunicorn.util import http_date
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-import headers
-import journal
+import app
 import tally
 import waiting
 from arrival import Arrival, Refused
 from models import new_id
+from ops import access_log
 from wire import MAX_BODY
 
 ARRIVAL = 15  # seconds a request may take to arrive, from its connection's last answer on
@@ -416,10 +416,10 @@ class Worker(ThreadWorker):
     ) -> None:
         """Answer as the app does, without it."""
         request_id = request_id or new_id("req_")
-        more = headers.of_refusal(self.app.wsgi(), origin)
+        more = app.HEADERS
         size = _send_refusal(sock, status, {**more, "X-Request-Id": request_id})
         # Over a Unix socket there is no address.
-        journal.write_refusal(client[0] if isinstance(client, tuple) else None, status, size, request_id)
+        access_log.write_refusal(client[0] if isinstance(client, tuple) else None, status, size, request_id)
         # A crash has been counted where it happened.
         if status < 500 or status == 501:
             tally.count_refusal(self.app.wsgi(), status)

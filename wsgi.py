@@ -2,11 +2,11 @@
 
 import sys
 
-import journal
 from app import create_app
 from config import SettingError
+from ops import access_log
 
-journal.open_log()
+access_log.open_log()
 
 try:
     app = create_app(serving=True)

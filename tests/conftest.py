@@ -19,7 +19,9 @@ import on_postgresql
 import pytest
 import requests
 import sqlalchemy as sa
+from click.testing import CliRunner, Result
 from flask import Flask, Response, request_finished
+from flask.cli import ScriptInfo
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -27,6 +29,7 @@ from werkzeug.test import TestResponse
 
 import models
 from app import create_app
+from commands.__main__ import lanyard as commands
 from config import HERE, Settings, state
 from models import db
 
@@ -331,6 +334,12 @@ class Server:
         self.process.terminate()
         self.process.wait(20)
         return self.log.read_text()
+
+
+def run_command(app: Flask, *arguments: object, **options: Any) -> Result:
+    """Run a command of `./lanyard` in the app; its result has `stdout`, `stderr` and `exit_code`."""
+    info = ScriptInfo(create_app=lambda: app)
+    return CliRunner().invoke(commands, list(map(str, arguments)), obj=info, **options)
 
 
 def free_port() -> int:

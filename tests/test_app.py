@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from conftest import OPERATOR, Operator
 from flask import Flask
 from flask.testing import FlaskClient
 
 import config
 from database import writing
-from models import SigningKey, db
+from models import SigningKey
 
 
 def test_the_front_page_names_and_links(client: FlaskClient) -> None:
@@ -38,8 +39,8 @@ def test_ready_when_the_database_writes_and_a_key_signs(client: FlaskClient) -> 
 
 
 def test_not_ready_without_a_signing_key(app: Flask, client: FlaskClient) -> None:
-    with app.app_context(), writing():
-        db.session.query(SigningKey).delete()
+    with app.app_context(), writing() as connection:
+        connection.execute(sa.delete(SigningKey))
     response = client.get("/health/ready")
     assert (response.status_code, response.json["error"]) == (503, "temporarily_unavailable")
     assert response.headers["Retry-After"] == "1"

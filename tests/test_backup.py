@@ -20,9 +20,9 @@ from flask import Flask
 from test_cli import lanyard
 from test_serving import register, token_body
 
-import backup
-import sqlite
-from main import lanyard as commands
+from commands import backup
+from commands.__main__ import lanyard as commands
+from storage import sqlite
 
 pytestmark = pytest.mark.sqlite
 

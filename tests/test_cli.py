@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from conftest import (
     bearer,
     copy_instance,
     environment_of,
+    run_command,
 )
 from flask import Flask
 from flask.testing import FlaskClient
 
-import console
-import housekeeping
+from commands import output
 from config import HERE
+from ops import cleanup
 
 Run = Callable[..., Result]
 
@@ -38,8 +40,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(app: Flask) -> Run:
     """Run a command in the app; its result has `stdout`, `stderr` and `exit_code`."""
-    runner = app.test_cli_runner()
-    return lambda *arguments, **options: runner.invoke(args=list(map(str, arguments)), **options)
+    return partial(run_command, app)
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_the_list_comes_in_pages_or_whole(
     following = run("agents", "list", "--limit", "2", "--after", page["next"])
     assert [line.split()[0] for line in following.stdout.splitlines()] == ["NAME", "agent-2", "agent-1"]
     assert "There are more" in following.stderr
-    monkeypatch.setattr(console, "PAGE_SIZE_MAX", 2)
+    monkeypatch.setattr(output, "PAGE_SIZE_MAX", 2)
     assert len(run("agents", "list", "--all").stdout.splitlines()) == 6
     streamed = run("agents", "list", "--all", "--json").stdout.splitlines()
     assert [json.loads(line)["name"] for line in streamed] == [f"agent-{n}" for n in (4, 3, 2, 1, 0)]
@@ -211,23 +212,23 @@ def test_deleting_asks_first(run: Run, operator: Operator, agent: dict[str, Any]
 
 def test_webhooks_and_their_deliveries(make_app: Callable[..., Flask]) -> None:
     app = make_app(WEBHOOK_ALLOW_PRIVATE="1")
-    invoke = app.test_cli_runner().invoke
+    invoke = partial(run_command, app)
     body = {"name": "audit", "url": "http://127.0.0.1:9/hook", "events": ["agent.*"]}
     client = app.test_client()
     webhook = client.post("/api/webhooks", json=body, headers=OPERATOR).json["webhook"]
     client.post("/api/agents", json={"name": "x"}, headers=OPERATOR)
-    listed = invoke(args=["webhooks", "list"]).stdout
+    listed = invoke("webhooks", "list").stdout
     assert all(text in listed for text in (webhook["id"], "audit", "active", "agent.*", body["url"]))
-    assert loaded(invoke(args=["webhooks", "list", "--json"]))["webhooks"] == [webhook]
-    found = loaded(invoke(args=["webhooks", "deliveries", webhook["id"], "--json"]))["deliveries"]
+    assert loaded(invoke("webhooks", "list", "--json"))["webhooks"] == [webhook]
+    found = loaded(invoke("webhooks", "deliveries", webhook["id"], "--json"))["deliveries"]
     assert [(one["type"], one["status"]) for one in found] == [("agent.created", "pending")]
-    dead = invoke(args=["webhooks", "deliveries", webhook["id"], "--status", "dead"])
+    dead = invoke("webhooks", "deliveries", webhook["id"], "--status", "dead")
     assert len(dead.stdout.splitlines()) == 1
-    assert invoke(args=["webhooks", "deliveries", webhook["id"], "--status", "lost"]).exit_code == 2
-    again = loaded(invoke(args=["webhooks", "redeliver", webhook["id"], found[0]["id"], "--json"]))
+    assert invoke("webhooks", "deliveries", webhook["id"], "--status", "lost").exit_code == 2
+    again = loaded(invoke("webhooks", "redeliver", webhook["id"], found[0]["id"], "--json"))
     assert again["delivery"]["status"] == "pending"
-    assert invoke(args=["webhooks", "redeliver", webhook["id"], "999"]).exit_code == 1
-    assert invoke(args=["webhooks", "deliveries", "none"]).exit_code == 1
+    assert invoke("webhooks", "redeliver", webhook["id"], "999").exit_code == 1
+    assert invoke("webhooks", "deliveries", "none").exit_code == 1
 
 
 def test_keys_are_listed_for_programs_too(run: Run) -> None:
@@ -240,7 +241,7 @@ def test_keys_are_listed_for_programs_too(run: Run) -> None:
 def test_purging_leaves_nothing_that_has_expired(
     run: Run, client: FlaskClient, agent: dict[str, Any], time_machine: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(housekeeping, "BATCH", 2)
+    monkeypatch.setattr(cleanup, "BATCH", 2)
     for _ in range(5):
         ask_token(client, agent)
     time_machine.advance(days=8)

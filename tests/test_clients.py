@@ -22,7 +22,7 @@ from test_tokens import FORM, refused
 from werkzeug.test import TestResponse
 
 import credentials
-from clients import ASSERTION_ALGORITHMS
+from client_auth import ASSERTION_ALGORITHMS
 from models import now
 
 

@@ -21,11 +21,10 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 import models
-import postgresql
-import sqlite
 from app import create_app
 from database import reading, writing
 from models import Agent, SigningKey, db
+from storage import postgresql, sqlite
 
 
 def pragma(name: str) -> Any:

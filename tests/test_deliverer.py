@@ -25,8 +25,8 @@ from flask import Flask
 from standardwebhooks import Webhook as Verifier
 from test_serving import register, token_body
 
-import deliverer
 from database import writing
+from webhooks import delivery
 
 Serve = Callable[..., Server]
 
@@ -120,7 +120,7 @@ def kill_everything(server: Server) -> None:
 def test_what_was_acknowledged_arrives_though_the_server_is_killed_in_a_burst(
     serve: Serve, receive: Callable[..., Receiver]
 ) -> None:
-    chance = random.Random(7)  # noqa: S311 - the same failures at every run
+    chance = random.Random(7)
     seen: Counter[str] = Counter()
 
     def fail_at_random(event_id: str) -> int:
@@ -245,10 +245,10 @@ def test_one_delivery_at_a_time_waits_for_the_write_lock(app: Flask, monkeypatch
 
     def settle() -> None:
         with app.app_context():
-            deliverer._settle(parcel, deliverer.Outcome(None, None, "no answer", None))
+            delivery._settle(parcel, delivery.Outcome(None, None, "no answer", None))
 
-    parcel = deliverer.Parcel(1, 1, "https://example.com", b"", "evt_x", (), None, True)
-    monkeypatch.setattr(deliverer, "writing", watched)
+    parcel = delivery.Parcel(1, 1, "https://example.com", b"", "evt_x", (), None, True)
+    monkeypatch.setattr(delivery, "writing", watched)
     with ThreadPoolExecutor(8) as pool:
         for future in [pool.submit(settle) for _ in range(8)]:
             future.result()

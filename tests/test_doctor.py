@@ -16,9 +16,9 @@ from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, engine_of, settings_f
 from cryptography.fernet import Fernet
 from flask import Flask
 
-import doctor
-from doctor import FAIL, OK, WARN
-from main import lanyard as commands
+from commands import doctor
+from commands.__main__ import lanyard as commands
+from commands.doctor import FAIL, OK, WARN
 
 KEY, OTHER_KEY = Fernet.generate_key().decode(), Fernet.generate_key().decode()
 

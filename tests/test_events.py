@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer
+from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, run_command
 from flask import Flask
 from flask.testing import FlaskClient
 
 import credentials
 import events
-import housekeeping
 from events import _Limiter
+from ops import cleanup
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +187,7 @@ def test_events_are_kept_as_long_as_the_setting_says(
     time_machine.advance(days=7, seconds=-1)
     for left in (1, 0):
         with app.app_context():
-            housekeeping.sweep()
+            cleanup.sweep()
         assert len(log(client)) == left
         time_machine.advance(seconds=1)
 
@@ -195,5 +195,5 @@ def test_events_are_kept_as_long_as_the_setting_says(
 def test_the_command_prints_the_newest_oldest_first(app: Flask, operator: Operator) -> None:
     for number in range(3):
         operator.create(name=str(number))
-    output = app.test_cli_runner().invoke(args=["events", "tail", "-n", "2", "--no-follow"]).output
+    output = run_command(app, "events", "tail", "-n", "2", "--no-follow").output
     assert [json.loads(line)["data"]["agent_name"] for line in output.splitlines()] == ["1", "2"]

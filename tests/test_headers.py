@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import headers
 import pytest
 from conftest import OPERATOR, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
-
-import headers
 
 PAGE = "https://app.example.com"
 OTHER = "https://evil.example.com"

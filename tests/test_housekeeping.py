@@ -15,15 +15,15 @@ from flask import Flask
 from flask.testing import FlaskClient
 from test_database import lock
 
-import housekeeping
 from models import Base, db
+from ops import cleanup
 
 
 @pytest.fixture
 def app(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> Flask:
     """An app that sweeps after every answer, two rows at a time."""
-    monkeypatch.setattr(housekeeping, "PAUSE", 0)
-    monkeypatch.setattr(housekeeping, "BATCH", 2)
+    monkeypatch.setattr(cleanup, "PAUSE", 0)
+    monkeypatch.setattr(cleanup, "BATCH", 2)
     made: Flask = make_app()
     return made
 
@@ -88,7 +88,7 @@ def test_a_sweep_waits_for_its_turn_among_writers(app: Flask, tmp_path: Path) ->
     release = threading.Timer(0.05, other.close)
     release.start()
     with app.app_context():
-        assert housekeeping.sweep() is False, "under load there is always another writer"
+        assert cleanup.sweep() is False, "under load there is always another writer"
     release.join()
 
 
@@ -96,10 +96,10 @@ def test_a_sweep_does_not_wait_long_for_another_writer(app: Flask, tmp_path: Pat
     with app.app_context():
         with closing(lock(tmp_path)), pytest.raises(sa.exc.OperationalError):
             started = time.monotonic()
-            housekeeping.sweep()
+            cleanup.sweep()
         assert 0.25 < time.monotonic() - started < 3
         db.session.rollback()
-        assert housekeeping.sweep() is False
+        assert cleanup.sweep() is False
 
 
 def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
@@ -108,7 +108,7 @@ def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
     def fail() -> bool:
         raise sa.exc.OperationalError("sweep", {}, Exception("database is locked"))
 
-    monkeypatch.setattr(housekeeping, "sweep", fail)
+    monkeypatch.setattr(cleanup, "sweep", fail)
     assert client.get("/health").status_code == 200
     monkeypatch.undo()
     assert client.get("/health").status_code == 200

@@ -21,7 +21,7 @@ from flask import Flask, g
 from flask.testing import FlaskClient
 from joserfc.jwk import ECKey
 
-import journal
+from ops import access_log
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -36,7 +36,7 @@ def log() -> io.StringIO:
 def app(log: io.StringIO, make_app: Callable[..., Flask]) -> Flask:
     """An app that logs its requests."""
     app = make_app(ACCESS_LOG="1")
-    handler = journal._lines.handlers[0]
+    handler = access_log._lines.handlers[0]
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(log)
     return app
@@ -136,20 +136,20 @@ def test_without_the_setting_nothing_is_logged_and_no_request_pays(
 ) -> None:
     app = make_app()
     app.test_client().get("/health")
-    journal.write_refusal("192.0.2.1", 400, 10, "req_x")
+    access_log.write_refusal("192.0.2.1", 400, 10, "req_x")
     assert capsys.readouterr().out == ""
-    assert journal._start not in app.before_request_funcs[None]
-    assert journal._write_down not in app.after_request_funcs[None]
+    assert access_log._start not in app.before_request_funcs[None]
+    assert access_log._write_down not in app.after_request_funcs[None]
 
 
 def test_a_warning_tells_its_request_and_forges_no_line(app: Flask) -> None:
     record = logging.makeLogRecord({"msg": "one\n2026-01-01 two\r\x85three", "levelname": "WARNING"})
     with app.test_request_context():
         g.request_id = "deploy-7"
-        first, *rest = journal.Formatter().format(record).split("\n")
+        first, *rest = access_log.Formatter().format(record).split("\n")
     assert first.endswith(" WARNING deploy-7 one")
     assert [line[:4] for line in rest] == ["    "] * 3
-    assert " WARNING - one" in journal.Formatter().format(record)
+    assert " WARNING - one" in access_log.Formatter().format(record)
 
 
 class Session:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, settings_for
+from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, run_command, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 from joserfc.jwk import import_key
@@ -172,7 +173,7 @@ def test_a_command_without_the_servers_environment_changes_no_algorithm(
     server = make_app(SIGNING_ALG="ES256", INSTANCE=str(tmp_path / "new"))
     command = create_app(settings_for(tmp_path / "new"))
     assert len(published(server.test_client())) == 1
-    command.test_cli_runner().invoke(args=["keys", "rotate"])
+    run_command(command, "keys", "rotate")
     assert [key["alg"] for key in published(server.test_client())] == ["ES256", "ES256"]
 
 
@@ -229,10 +230,10 @@ def test_a_bad_rotation_is_refused(client: FlaskClient, body: Any) -> None:
 
 
 def test_the_commands_list_and_rotate(app: Flask) -> None:
-    run = app.test_cli_runner().invoke
-    assert "signing" in run(args=["keys", "list"]).output
-    assert "signs from" in run(args=["keys", "rotate"]).output
-    listed = run(args=["keys", "list"]).output.splitlines()
+    run = partial(run_command, app)
+    assert "signing" in run("keys", "list").output
+    assert "signs from" in run("keys", "rotate").output
+    listed = run("keys", "list").output.splitlines()
     assert [line.split()[1] for line in listed] == ["STATE", "published", "signing"]
-    run(args=["keys", "rotate", "--now"])
-    assert len(run(args=["keys", "list"]).output.splitlines()) == 2
+    run("keys", "rotate", "--now")
+    assert len(run("keys", "list").output.splitlines()) == 2

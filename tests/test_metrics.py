@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import metrics
 from credentials import SecretChecker, new_client_id
-from deliverer import Deliverer
 from models import Delivery, Webhook, db
+from webhooks.delivery import Deliverer
 
 maker = SecretChecker(cost=4)
 REQUESTS = "lanyard_http_request_duration_seconds_count"

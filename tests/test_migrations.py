@@ -25,11 +25,10 @@ from alembic.script import ScriptDirectory
 from conftest import OPERATOR, ask_token, engine_of, environment_of, settings_for
 from flask import Flask
 
-import migrate
-import upgrade
 from app import create_app
 from config import HERE, SettingError
 from credentials import SecretChecker
+from migrations import upgrade
 from models import Base
 
 SHIPPED = HERE / "migrations"
@@ -99,7 +98,7 @@ def schema(connection: sa.Connection) -> dict[str, Any]:
 
 
 def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
-    migrate.run(settings_for(tmp_path), SHIPPED, None)
+    upgrade.run(settings_for(tmp_path), SHIPPED, None)
     with engine_of(tmp_path).connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
@@ -108,7 +107,7 @@ def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
 @pytest.mark.sqlite
 def test_the_migrations_say_it_in_the_same_words(tmp_path: Path) -> None:
     """What Alembic does not compare: AUTOINCREMENT, WITHOUT ROWID, checks, names."""
-    migrate.run(settings_for(tmp_path), SHIPPED, None)
+    upgrade.run(settings_for(tmp_path), SHIPPED, None)
     said = sa.create_engine("sqlite://")
     with engine_of(tmp_path).connect() as connection, said.connect() as model:
         Base.metadata.create_all(model)
@@ -157,7 +156,7 @@ def old(tmp_path: Path) -> Path:
     shutil.copy(SHIPPED / "versions" / "0001_first.py", first / "versions")
     database = tmp_path / "instance" / "lanyard.db"
     database.parent.mkdir()
-    migrate.run(settings_for(database.parent), first, None)
+    upgrade.run(settings_for(database.parent), first, None)
     with engine_of(database.parent).begin() as connection:
         for table, columns in ROWS.items():
             names = ", ".join(columns), ", ".join(f":{name}" for name in columns)

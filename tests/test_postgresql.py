@@ -29,20 +29,21 @@ from conftest import (
     copy_instance,
     engine_of,
     environment_of,
+    run_command,
     settings_for,
 )
 from flask import Flask
 from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
-import doctor
+import credentials
 import events
-import postgresql
-import throttle
 from app import create_app
+from commands import doctor
 from config import HERE, SettingError
 from database import is_transient, reading, writing
 from models import FailedSignIns, db
+from storage import postgresql
 
 pytestmark = pytest.mark.skipif(not on_postgresql.is_used(), reason="needs PostgreSQL: make test-postgresql")
 
@@ -83,7 +84,7 @@ def test_a_command_makes_no_admin_token(make_app: Callable[..., Flask], tmp_path
     make_app()
     url = on_postgresql.url_of(tmp_path / "instance")
     command = create_app(settings_for(tmp_path / "none", DATABASE_URL=url, ADMIN_TOKEN=""))
-    shown = command.test_cli_runner().invoke(args=["admin-token", "show"])
+    shown = run_command(command, "admin-token", "show")
     assert shown.exit_code == 1
     assert "There is no" in shown.output
     assert not (tmp_path / "none").exists()
@@ -446,13 +447,13 @@ def test_durability_is_chosen_for_each_transaction(app: Flask, durable: bool, le
 def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machine: Clock) -> None:
     def fail(_: int) -> None:
         with app.test_request_context(environ_base={"REMOTE_ADDR": "192.0.2.1"}):
-            throttle.Guess("secret", known=True).failed()
+            credentials.Guess("secret", known=True).failed()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fail, range(40)))
     with app.app_context():
         (row,) = db.session.scalars(sa.select(FailedSignIns))
-        assert (row.clear_at - time_machine.now()).total_seconds() == 40 * throttle.SECRET.seconds
+        assert (row.clear_at - time_machine.now()).total_seconds() == 40 * credentials.SECRET.seconds
 
 
 def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed(

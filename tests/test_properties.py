@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 from werkzeug.test import TestResponse
 from world import World, asking, assert_refused, hint, plain, signed
 
-import housekeeping
+from ops import cleanup
 
 SCOPES = ["read", "write", "admin"]
 AUDIENCES = ["https://service.example/v1", "plain-name"]
@@ -398,7 +398,7 @@ class Life(World):
 
     def sweep(self) -> None:
         with self.workers[0].app_context():
-            housekeeping.sweep()
+            cleanup.sweep()
 
 
 def test_whatever_happens_two_workers_agree_with_the_model(quick_start: Path) -> None:

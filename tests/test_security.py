@@ -75,7 +75,7 @@ def test_an_unknown_client_takes_as_long_as_a_wrong_secret(
         secret = credentials.SecretChecker(cost=4).make().text
     times: dict[str, list[float]] = {"known": [], "unknown": []}
     turns = ["known", "unknown"] * 14
-    random.Random(1).shuffle(turns)  # noqa: S311
+    random.Random(1).shuffle(turns)
     for number, kind in enumerate(turns):
         client_id = agent["client_id"] if kind == "known" else credentials.new_client_id()
         times[kind].append(guess(client, client_id, secret, f"192.0.2.{number}"))

@@ -12,11 +12,11 @@ from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+import credentials
 import events
-import housekeeping
-import throttle
 from credentials import SecretChecker, new_client_id
 from models import FailedSignIns, db
+from ops import cleanup
 
 # Failures are forgotten with time: it stands still.
 pytestmark = pytest.mark.usefixtures("time_machine")
@@ -152,7 +152,7 @@ def test_guesses_at_many_clients_are_counted_together(client: FlaskClient) -> No
     ],
 )
 def test_an_ipv6_client_is_its_network(one: str, other: str, same: bool) -> None:
-    assert (throttle._network(one) == throttle._network(other)) is same
+    assert (credentials._network(one) == credentials._network(other)) is same
 
 
 def test_what_is_forgotten_is_swept(client: FlaskClient, app: Flask, time_machine: Clock) -> None:
@@ -160,7 +160,7 @@ def test_what_is_forgotten_is_swept(client: FlaskClient, app: Flask, time_machin
     with app.app_context():
         assert db.session.query(FailedSignIns).count() == 2
         time_machine.advance(minutes=5)
-        housekeeping.sweep()
+        cleanup.sweep()
         assert db.session.query(FailedSignIns).count() == 0
 
 

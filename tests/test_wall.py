@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask.testing import FlaskClient
 
-import wall
+from webhooks import ssrf
 
 INSIDE = [
     "127.0.0.1", "127.8.9.10", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254",
@@ -33,12 +33,12 @@ INSIDE = [
 
 @pytest.mark.parametrize("address", INSIDE)
 def test_an_address_inside_is_not_public(address: str) -> None:
-    assert not wall.is_public(address)
+    assert not ssrf.is_public(address)
 
 
 @pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"])
 def test_an_address_outside_is_public(address: str) -> None:
-    assert wall.is_public(address)
+    assert ssrf.is_public(address)
 
 
 BAD_URLS = [
@@ -52,12 +52,12 @@ BAD_URLS = [
 
 @pytest.mark.parametrize("url", BAD_URLS)
 def test_a_url_that_is_no_plain_https_url_is_refused(url: str) -> None:
-    with pytest.raises(wall.Refused):
-        wall.parse(url, allow_private=False)
+    with pytest.raises(ssrf.Refused):
+        ssrf.parse(url, allow_private=False)
 
 
 def test_plain_http_is_for_private_targets() -> None:
-    assert wall.parse("http://localhost:9000/hook?a=b", allow_private=True) == wall.Target(
+    assert ssrf.parse("http://localhost:9000/hook?a=b", allow_private=True) == ssrf.Target(
         "http", "localhost", 9000, "/hook?a=b", "localhost:9000"
     )
 
@@ -101,21 +101,21 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_a_name_that_leads_inside_by_now_is_refused_at_delivery(
     answers: Callable[..., None], address: str
 ) -> None:
-    target = wall.parse("https://hooks.example.com/", allow_private=False)
+    target = ssrf.parse("https://hooks.example.com/", allow_private=False)
     answers("1.1.1.1")
-    assert wall.resolve(target, allow_private=False) == "1.1.1.1"
+    assert ssrf.resolve(target, allow_private=False) == "1.1.1.1"
     answers(address)
-    with pytest.raises(wall.Refused):
-        wall.resolve(target, allow_private=False)
+    with pytest.raises(ssrf.Refused):
+        ssrf.resolve(target, allow_private=False)
 
 
 def test_one_private_address_among_several_is_enough(answers: Callable[..., None]) -> None:
-    target = wall.parse("https://hooks.example.com/", allow_private=False)
+    target = ssrf.parse("https://hooks.example.com/", allow_private=False)
     answers("1.1.1.1")
-    assert wall.resolve(target, allow_private=False) == "1.1.1.1"
+    assert ssrf.resolve(target, allow_private=False) == "1.1.1.1"
     answers("1.1.1.1", "10.0.0.1")
-    with pytest.raises(wall.Refused):
-        wall.resolve(target, allow_private=False)
+    with pytest.raises(ssrf.Refused):
+        ssrf.resolve(target, allow_private=False)
 
 
 class Receiver:
@@ -138,14 +138,14 @@ class Receiver:
         self.listener.close()
 
 
-def post(receiver: Receiver) -> wall.Answer:
-    target = wall.parse(f"http://hooks.example.com:{receiver.port}/hook", allow_private=True)
-    return wall.post(target, "127.0.0.1", b"{}", {"webhook-id": "evt_1"})
+def post(receiver: Receiver) -> ssrf.Answer:
+    target = ssrf.parse(f"http://hooks.example.com:{receiver.port}/hook", allow_private=True)
+    return ssrf.post(target, "127.0.0.1", b"{}", {"webhook-id": "evt_1"})
 
 
 def test_the_address_that_was_checked_is_dialled_under_the_hosts_name() -> None:
     receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
-    assert post(receiver) == wall.Answer(200, "ok", None)
+    assert post(receiver) == ssrf.Answer(200, "ok", None)
     assert b"POST /hook HTTP/1.1\r\n" in receiver.heard
     assert f"Host: hooks.example.com:{receiver.port}\r\n".encode() in receiver.heard
 
@@ -161,7 +161,7 @@ def test_an_answer_is_read_to_a_limit() -> None:
 
 
 def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wall, "TIMEOUT", 0.5)
+    monkeypatch.setattr(ssrf, "TIMEOUT", 0.5)
     enough = threading.Event()
 
     def drip(connection: socket.socket) -> None:
@@ -194,7 +194,7 @@ def test_however_much_a_receiver_says_little_is_heard(endless: bytes) -> None:
 
     answer = post(Receiver(flood))
     assert answer.status == 200
-    assert len(answer.body) <= wall.ANSWER_LIMIT
+    assert len(answer.body) <= ssrf.ANSWER_LIMIT
     assert sent < 20_000_000, "it was not read to its end"
 
 
@@ -259,9 +259,9 @@ def test_the_certificate_is_checked_for_the_name_not_the_address(
             tls.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     receiver = Receiver(answer_in_tls, listen_first=False)
-    target = wall.parse(f"https://hooks.example.com:{receiver.port}/", allow_private=False)
+    target = ssrf.parse(f"https://hooks.example.com:{receiver.port}/", allow_private=False)
     if works:
-        assert wall.post(target, "127.0.0.1", b"{}", {}).status == 204
+        assert ssrf.post(target, "127.0.0.1", b"{}", {}).status == 204
     else:
         with pytest.raises(ssl.SSLCertVerificationError):
-            wall.post(target, "127.0.0.1", b"{}", {})
+            ssrf.post(target, "127.0.0.1", b"{}", {})

@@ -26,13 +26,13 @@ from flask.testing import FlaskClient
 from standardwebhooks import Webhook as Verifier
 from werkzeug.test import TestResponse
 
-import deliverer
 import events
-import housekeeping
 from app import create_app
 from config import SettingError
-from deliverer import Outcome
 from models import Delivery, Webhook, db, decrypt
+from ops import cleanup
+from webhooks import delivery
+from webhooks.delivery import Outcome
 
 URL = "http://localhost:9/hook"
 
@@ -57,10 +57,10 @@ def deliveries(client: FlaskClient, hook: dict[str, Any], query: str = "") -> li
     return list(call(client, "GET", f"/{hook['webhook']['id']}/deliveries{query}").json["deliveries"])
 
 
-def parcels(app: Flask) -> list[deliverer.Parcel]:
+def parcels(app: Flask) -> list[delivery.Parcel]:
     """What the deliverer would send now."""
     with app.app_context():
-        return deliverer.Deliverer(app)._due()
+        return delivery.Deliverer(app)._due()
 
 
 def settle(app: Flask, status: int | None, **answer: Any) -> int:
@@ -69,7 +69,7 @@ def settle(app: Flask, status: int | None, **answer: Any) -> int:
     outcome = Outcome(status, answer.get("body"), answer.get("error"), answer.get("retry_after"))
     with app.app_context():
         for parcel in due:
-            deliverer._settle(parcel, outcome)
+            delivery._settle(parcel, outcome)
     return len(due)
 
 
@@ -185,7 +185,7 @@ def test_a_parcel_is_signed_as_standard_webhooks_says(app: Flask, client: FlaskC
     agent = Operator(app).create(name="night-reporter")
     (parcel,) = parcels(app)
     with app.app_context():
-        headers = deliverer._headers(parcel)
+        headers = delivery._headers(parcel)
     body = Verifier(hook["secret"]).verify(parcel.body, headers)
     assert set(body) == {"id", "type", "timestamp", "data"}
     assert (body["id"], body["type"]) == (headers["webhook-id"], "agent.created")
@@ -239,17 +239,17 @@ def test_failures_are_retried_on_the_schedule_and_then_given_up(
 ) -> None:
     hook = create(client, events=["agent.created"])
     Operator(app).create()
-    for number, pause in enumerate(deliverer.SCHEDULE, start=1):
+    for number, pause in enumerate(delivery.SCHEDULE, start=1):
         assert settle(app, 500, body="oh no") == 1
-        (delivery,) = deliveries(client, hook)
-        assert (delivery["status"], delivery["attempts"]) == ("retrying", number)
-        assert (delivery["response_status"], delivery["response_body"]) == (500, "oh no")
+        (found,) = deliveries(client, hook)
+        assert (found["status"], found["attempts"]) == ("retrying", number)
+        assert (found["response_status"], found["response_body"]) == (500, "oh no")
         time_machine.advance(seconds=pause - 1)
         assert settle(app, 500) == 0, "not before its time"
-        time_machine.advance(seconds=pause * deliverer.JITTER + 2)
+        time_machine.advance(seconds=pause * delivery.JITTER + 2)
     assert settle(app, None, error="ConnectionRefusedError") == 1
-    (delivery,) = deliveries(client, hook, "?status=dead")
-    assert (delivery["attempts"], delivery["error"]) == (10, "ConnectionRefusedError")
+    (found,) = deliveries(client, hook, "?status=dead")
+    assert (found["attempts"], found["error"]) == (10, "ConnectionRefusedError")
     assert settle(app, 500) == 0
 
 
@@ -299,7 +299,7 @@ def test_a_410_from_an_address_it_has_left_switches_nothing_off(app: Flask, clie
     (parcel,) = parcels(app)
     call(client, "PATCH", f"/{hook['webhook']['id']}", json={"url": "http://localhost:9/new"})
     with app.app_context():
-        deliverer._settle(parcel, Outcome(410, "", None, None))
+        delivery._settle(parcel, Outcome(410, "", None, None))
     assert call(client, "GET", f"/{hook['webhook']['id']}").json["webhook"]["is_active"] is True
 
 
@@ -314,7 +314,7 @@ def test_a_redelivery_asked_for_during_an_attempt_is_still_to_come(
     path = f"/{hook['webhook']['id']}/deliveries/{delivery['id']}/redeliver"
     assert call(client, "POST", path).status_code == 202
     with app.app_context():
-        deliverer._settle(parcel, Outcome(500, "", None, None))
+        delivery._settle(parcel, Outcome(500, "", None, None))
     assert len(parcels(app)) == 1
 
 
@@ -336,7 +336,7 @@ def test_an_old_secret_is_forgotten_when_its_time_is_over(
     with app.app_context():
         for advance, old in ((0, [kept["secret"], None]), (60, [None, None])):
             time_machine.advance(seconds=advance)
-            housekeeping.sweep()
+            cleanup.sweep()
             assert list(db.session.scalars(sa.select(Webhook.old_secret).order_by(Webhook.pk))) == old
 
 
@@ -349,13 +349,13 @@ def test_many_dead_hosts_leave_room_for_a_healthy_one(app: Flask, client: FlaskC
     create(client, events=["agent.created"], url="http://localhost:9/healthy")
     for _ in range(20):
         Operator(app).create()
-    busy = deliverer.Deliverer(app)
+    busy = delivery.Deliverer(app)
     with app.app_context():
         due = busy._due()
         busy._flying = {parcel.delivery: parcel for parcel in due}
         assert busy._due() == [], "the other dead hosts wait for these"
-    assert sum(parcel.url.endswith("/healthy") for parcel in due) == deliverer.IN_FLIGHT_EACH
-    assert len(due) == deliverer.IN_FLIGHT_EACH + deliverer.IN_FLIGHT_FAILING
+    assert sum(parcel.url.endswith("/healthy") for parcel in due) == delivery.IN_FLIGHT_EACH
+    assert len(due) == delivery.IN_FLIGHT_EACH + delivery.IN_FLIGHT_FAILING
 
 
 def test_five_days_of_nothing_but_failures_switch_it_off(
@@ -419,7 +419,7 @@ def test_one_webhook_never_takes_all_the_places(app: Flask, client: FlaskClient)
     create(client, events=["agent.created"], name="quiet", url="http://localhost:9/quiet")
     Operator(app).create()
     due = parcels(app)
-    assert sum(parcel.url == URL for parcel in due) == deliverer.IN_FLIGHT_EACH
+    assert sum(parcel.url == URL for parcel in due) == delivery.IN_FLIGHT_EACH
     assert sum(parcel.url != URL for parcel in due) == 1
 
 
@@ -427,9 +427,9 @@ def test_a_webhook_that_fails_has_one_place_until_it_takes_something(app: Flask,
     create(client, events=["agent.created"])
     for _ in range(20):
         Operator(app).create()
-    assert settle(app, 500) == deliverer.IN_FLIGHT_EACH
+    assert settle(app, 500) == delivery.IN_FLIGHT_EACH
     assert settle(app, 200) == 1
-    assert settle(app, 200) == deliverer.IN_FLIGHT_EACH
+    assert settle(app, 200) == delivery.IN_FLIGHT_EACH
 
 
 def test_an_event_and_its_deliveries_are_written_together_or_not_at_all(
@@ -459,9 +459,7 @@ def test_the_address_is_checked_again_at_delivery(
     answer[0] = "169.254.169.254"
     (parcel,) = parcels(app)
     with app.app_context():
-        assert deliverer._send(parcel) == Outcome(
-            None, None, "Refused: The host has a private address.", None
-        )
+        assert delivery._send(parcel) == Outcome(None, None, "Refused: The host has a private address.", None)
 
 
 # Secrets at rest
@@ -559,7 +557,7 @@ def test_a_secret_that_cannot_be_read_fails_its_own_delivery_only(app: Flask, cl
     Operator(app).create()
     with app.app_context():
         for parcel in parcels(app):
-            deliverer._settle(parcel, deliverer._send(parcel))
+            delivery._settle(parcel, delivery._send(parcel))
     assert "LANYARD_SECRET_KEY" in deliveries(client, broken)[0]["error"]
     assert "LANYARD_SECRET_KEY" not in str(deliveries(client, fine)[0]["error"])
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import headers
 import pytest
 import requests
 from conftest import Server
 
-import headers
 from arrival import Arrival, Refused
 from wire import MAX_BODY
 

@@ -13,15 +13,14 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
-import access
-import backup
+import auth
 import keys
-import postgresql
-import sqlite
-import wall
+from commands import backup
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
 from database import error_text, stored_secrets
 from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now, rfc3339
+from storage import postgresql, sqlite
+from webhooks import ssrf
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
@@ -111,7 +110,7 @@ def _look_at_files(settings: Settings) -> Iterator[Finding]:
     live = settings.database_file
     ours = settings.uses_sqlite and live.parent.is_dir()
     kept = sorted(live.parent.glob(f"{live.name}*")) if ours else []
-    token = access.admin_token_file(settings)
+    token = auth.admin_token_file(settings)
     files = [*kept, *([token] if token.exists() else [])]
     owner = live.stat().st_uid if live.exists() else None
     faults = []
@@ -127,7 +126,7 @@ def _look_at_files(settings: Settings) -> Iterator[Finding]:
 
 
 def _look_at_admin_token(settings: Settings) -> Iterator[Finding]:
-    file = access.admin_token_file(settings)
+    file = auth.admin_token_file(settings)
     if settings.admin_token:
         yield Finding(OK, "admin token", "It is what LANYARD_ADMIN_TOKEN says.")
     elif not file.exists():
@@ -136,7 +135,7 @@ def _look_at_admin_token(settings: Settings) -> Iterator[Finding]:
         )
     else:
         try:
-            access.read_admin_token(file)
+            auth.read_admin_token(file)
             yield Finding(OK, "admin token", f"It is in {file}.")
         except (OSError, ValueError, SettingError) as error:
             yield Finding(FAIL, "admin token", f"{error} Delete the file and restart for a new one.")
@@ -315,8 +314,8 @@ def _look_at_webhooks(connection: sa.Connection, settings: Settings) -> Iterator
     ]
     for name, url in connection.execute(sa.select(Webhook.name, Webhook.url).where(Webhook.is_active)):
         try:
-            wall.parse(url, allow_private=settings.webhook_allow_private)
-        except wall.Refused as refusal:
+            ssrf.parse(url, allow_private=settings.webhook_allow_private)
+        except ssrf.Refused as refusal:
             found.append(f"{name!r} gets nothing: {refusal}")
     dead = sa.select(Webhook.id, sa.func.count()).join(Delivery).where(Delivery.status == "dead")
     found += [

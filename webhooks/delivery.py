@@ -17,13 +17,12 @@ from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
 import events
-import postgresql
-import sqlite
 import tally
-import wall
 from config import DAY, VERSION, settings
 from database import backend, error_text, is_transient, reading, writing
 from models import Delivery, Event, Webhook, decrypt, now, rfc3339
+from storage import postgresql, sqlite
+from webhooks import ssrf
 
 log = logging.getLogger("lanyard")
 
@@ -119,7 +118,7 @@ class Deliverer:
         """Finish what is in flight, and start nothing more."""
         self._stopping.set()
         self._landed.set()
-        self._thread.join(wall.TIMEOUT)
+        self._thread.join(ssrf.TIMEOUT)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -247,11 +246,11 @@ def _send(parcel: Parcel) -> Outcome:
     """One attempt. Whatever goes wrong with it is this delivery's failure and nobody else's."""
     allow_private = settings().webhook_allow_private
     try:
-        target = wall.parse(parcel.url, allow_private=allow_private)
+        target = ssrf.parse(parcel.url, allow_private=allow_private)
         # Checked again, and dialled as checked: a name's answer may have changed since the webhook was made.
-        address = wall.resolve(target, allow_private=allow_private)
-        answer = wall.post(target, address, parcel.body, _headers(parcel))
-    except wall.Refused as refusal:
+        address = ssrf.resolve(target, allow_private=allow_private)
+        answer = ssrf.post(target, address, parcel.body, _headers(parcel))
+    except ssrf.Refused as refusal:
         return Outcome(None, None, f"Refused: {refusal}", None)
     except Exception as error:
         return Outcome(None, None, f"{type(error).__name__}: {error}"[:200], None)

@@ -16,15 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 import agents
-import console
 import credentials
 import keys
 import schemas
-import upkeep
-import webhooks
-from console import Room, as_json
+from commands import instance, output
+from commands.output import Room, as_json
 from database import error_text, is_transient, reading, writing
 from models import Agent, Event
+from webhooks import routes as webhooks
 from wire import Problem, parse_json
 
 FOLLOW_EVERY = 1.0  # seconds between looks for new events
@@ -35,23 +34,23 @@ webhook_room = Room("webhooks", help="Webhooks, and what became of their deliver
 signing_keys = Room("keys", help="Signing keys: list them, rotate them.")
 event_log = Room("events", help="What happened.")
 
-COMMANDS: Sequence[click.Command] = (agent_room, webhook_room, signing_keys, event_log, *upkeep.COMMANDS)
+COMMANDS: Sequence[click.Command] = (agent_room, webhook_room, signing_keys, event_log, *instance.COMMANDS)
 
-AGENT_COLUMNS: console.Columns = {
-    "NAME": lambda agent: console.shortened(agent["name"]),
+AGENT_COLUMNS: output.Columns = {
+    "NAME": lambda agent: output.shortened(agent["name"]),
     "CLIENT ID": lambda agent: agent["client_id"],
     "STATE": lambda agent: _on_or_off(agent),
     "LAST ACTIVE": lambda agent: agent["last_activity_at"],
     "SCOPES": lambda agent: agent["scopes"],
 }
-WEBHOOK_COLUMNS: console.Columns = {
+WEBHOOK_COLUMNS: output.Columns = {
     "ID": lambda webhook: webhook["id"],
-    "NAME": lambda webhook: console.shortened(webhook["name"]),
+    "NAME": lambda webhook: output.shortened(webhook["name"]),
     "STATE": lambda webhook: _on_or_off(webhook),
     "EVENTS": lambda webhook: webhook["events"],
     "URL": lambda webhook: webhook["url"],
 }
-DELIVERY_COLUMNS: console.Columns = {
+DELIVERY_COLUMNS: output.Columns = {
     "ID": lambda delivery: delivery["id"],
     "TYPE": lambda delivery: delivery["type"],
     "STATUS": lambda delivery: delivery["status"],
@@ -59,7 +58,7 @@ DELIVERY_COLUMNS: console.Columns = {
     "CREATED": lambda delivery: delivery["created_at"],
     "ANSWER": lambda delivery: delivery["response_status"] or delivery["error"],
 }
-KEY_COLUMNS: console.Columns = {
+KEY_COLUMNS: output.Columns = {
     "KID": lambda key: key["kid"],
     "STATE": lambda key: key["state"],
     "ALG": lambda key: key["alg"],
@@ -78,12 +77,12 @@ named_agent = click.argument("agent", metavar="AGENT")
 @click.option("--owner", help="Only this owner's.")
 @click.option("--stale-days", metavar="N", help="Only those idle for so many days.")
 @click.option("--query", "-q", "q", help="Only those with this in name, description or owner, or client id.")
-@console.paged
+@output.paged
 def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
     """Agents, newest first."""
-    query = console.load(schemas.AgentQuery(), filters)
+    query = output.load(schemas.AgentQuery(), filters)
     answer = schemas.AgentPage()
-    console.show_pages(agents.page, query, answer, AGENT_COLUMNS, everything=everything, as_json=as_json)
+    output.show_pages(agents.page, query, answer, AGENT_COLUMNS, everything=everything, as_json=as_json)
 
 
 @agent_room.command("show")
@@ -148,13 +147,13 @@ def create_agent(as_json: bool, **given: Any) -> None:
     """Register an agent; its client secret is shown this once."""
     if given["jwks"] is not None and given["token_endpoint_auth_method"] is None:
         given["token_endpoint_auth_method"] = "private_key_jwt"
-    created = schemas.AgentCreated().dump(agents.create(console.load(schemas.AgentCreate(), given)))
+    created = schemas.AgentCreated().dump(agents.create(output.load(schemas.AgentCreate(), given)))
     if as_json:
-        console.show_json(created)
+        output.show_json(created)
         return
-    console.show_fields({"id": created["agent"]["id"], **{k: v for k, v in created.items() if k != "agent"}})
+    output.show_fields({"id": created["agent"]["id"], **{k: v for k, v in created.items() if k != "agent"}})
     if "client_secret" in created:
-        console.note("The secret is shown this once: only its hash is kept.")
+        output.note("The secret is shown this once: only its hash is kept.")
 
 
 @agent_room.command("rotate")
@@ -166,10 +165,10 @@ def create_agent(as_json: bool, **given: Any) -> None:
 @as_json
 def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
     """Give an agent a new client secret, and print it."""
-    fields = console.load(schemas.Rotate(), given)
+    fields = output.load(schemas.Rotate(), given)
     rotated = schemas.Rotated().dump(agents.rotate_by_operator(_id_of(agent), fields))
     if as_json:
-        console.show_json(rotated)
+        output.show_json(rotated)
     else:
         click.echo(rotated["client_secret"])
 
@@ -198,10 +197,10 @@ def delete_agent(agent: str, yes: bool) -> None:
     with reading() as connection:
         found = agents.find(connection, _id_of(agent))
     if not yes:
-        question = f"Delete {console.printable(found.name)} ({found.client_id}) and all its tokens?"
+        question = f"Delete {output.printable(found.name)} ({found.client_id}) and all its tokens?"
         click.confirm(question, abort=True, err=True)
     agents.delete_by_operator(found.id)
-    console.note(f"Deleted {found.client_id}.")
+    output.note(f"Deleted {found.client_id}.")
 
 
 @webhook_room.command("list")
@@ -215,13 +214,13 @@ def list_webhooks(as_json: bool) -> None:
 @webhook_room.command("deliveries")
 @click.argument("webhook", metavar="WEBHOOK")
 @click.option("--status", help="Only those that are pending, retrying, delivered or dead.")
-@console.paged
+@output.paged
 def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: str | None) -> None:
     """What became of each event for a webhook, newest first."""
-    query = console.load(schemas.DeliveryQuery(), filters)
+    query = output.load(schemas.DeliveryQuery(), filters)
     page = partial(webhooks.page, webhook)
     answer = schemas.DeliveryPage()
-    console.show_pages(page, query, answer, DELIVERY_COLUMNS, everything=everything, as_json=as_json)
+    output.show_pages(page, query, answer, DELIVERY_COLUMNS, everything=everything, as_json=as_json)
 
 
 @webhook_room.command("redeliver")
@@ -254,7 +253,7 @@ def rotate_key(now: bool, as_json: bool) -> None:
         keys.rotate(connection, at_once=now)
         document = schemas.KeyAnswer().dump({"key": keys.list_keys(connection)[0]})
     if as_json:
-        console.show_json(document)
+        output.show_json(document)
     else:
         click.echo("Key {kid} signs from {signs_from}.".format(**document["key"]))
 
@@ -306,7 +305,7 @@ def _new_events(pk: int, shown: set[int]) -> Sequence[Any]:
     except DBAPIError as error:
         if not is_transient(error):
             raise
-        console.note(f"The database does not answer: {error_text(error)}.")
+        output.note(f"The database does not answer: {error_text(error)}.")
         return []
 
 
@@ -338,14 +337,14 @@ def _show_agent(answer: dict[str, Any], as_json: bool) -> None:
 
 def _show_one(document: Any, name: str, as_json: bool) -> None:
     if as_json:
-        console.show_json(document)
+        output.show_json(document)
     else:
-        console.show_fields(document[name])
+        output.show_fields(document[name])
 
 
-def _show_list(document: Any, columns: console.Columns, as_json: bool) -> None:
+def _show_list(document: Any, columns: output.Columns, as_json: bool) -> None:
     if as_json:
-        console.show_json(document)
+        output.show_json(document)
         return
     (rows,) = document.values()
-    console.show_table(columns, rows)
+    output.show_table(columns, rows)

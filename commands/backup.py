@@ -9,9 +9,9 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from config import Settings
-from files import give_to_owner_of, sync_folder
 from models import Base, now
-from sqlite import nobody_serving, open_read_only
+from storage.files import give_to_owner_of, sync_folder
+from storage.sqlite import nobody_serving, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")

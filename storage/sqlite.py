@@ -11,14 +11,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import sqlalchemy as sa
 from flask import Flask
 
-from config import Settings
-from files import give_to_owner_of
+from storage.files import give_to_owner_of
+
+if TYPE_CHECKING:
+    from config import Settings
 
 # Locked by another process, read-only, failing, full, or not to be opened.
 _TRANSIENT = {

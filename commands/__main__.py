@@ -8,8 +8,8 @@ import click
 from flask.cli import ScriptInfo
 from sqlalchemy.exc import DBAPIError
 
-import cli
 from app import create_app
+from commands import resources
 from config import VERSION
 from database import error_text
 
@@ -30,11 +30,11 @@ class Commands(click.Group):
 @click.pass_context
 def lanyard(context: click.Context) -> None:
     """Look after Lanyard. The commands read the same LANYARD_* settings as the server."""
-    # Made by the first command that needs it: some must work without.
-    context.obj = ScriptInfo(create_app=create_app, set_debug_flag=False)
+    # The app is made by the first command that needs it: some must work without.
+    context.obj = context.obj or ScriptInfo(create_app=create_app, set_debug_flag=False)
 
 
-for command in cli.COMMANDS:
+for command in resources.COMMANDS:
     lanyard.add_command(command)
 
 

@@ -13,14 +13,12 @@ import click
 from flask import has_app_context
 from flask.cli import with_appcontext
 
-import access
-import backup
+import auth
 import config
-import console
-import doctor
-import housekeeping
+from commands import backup, doctor, output
+from commands.output import Room, as_json
 from config import Settings
-from console import Room, as_json
+from ops import cleanup
 
 admin_token = Room("admin-token", help="The operator's token.")
 
@@ -31,7 +29,7 @@ file_argument = click.argument("file", type=click.Path(path_type=Path))
 def show_admin_token() -> None:
     """Print the admin token."""
     settings = config.settings()
-    click.echo(settings.admin_token or access.read_admin_token(_admin_token_file(settings)))
+    click.echo(settings.admin_token or auth.read_admin_token(_admin_token_file(settings)))
 
 
 @admin_token.command("rotate")
@@ -43,8 +41,8 @@ def rotate_admin_token() -> None:
             "The admin token is what LANYARD_ADMIN_TOKEN says: change it there, and restart the server."
         )
     file = _admin_token_file(settings)
-    access.rotate_admin_token(file)
-    console.note(f"The new admin token is in {file}. The old one is dead.")
+    auth.rotate_admin_token(file)
+    output.note(f"The new admin token is in {file}. The old one is dead.")
 
 
 @click.command("backup")
@@ -60,9 +58,9 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
         backup.back_up(_settings(), file, overwrite=force, progress=tell)
     size = file.stat().st_size
     if as_json:
-        console.show_json({"file": str(file.absolute()), "bytes": size})
+        output.show_json({"file": str(file.absolute()), "bytes": size})
     else:
-        console.note(f"The database is in {file}: {size} bytes, checked.")
+        output.note(f"The database is in {file}: {size} bytes, checked.")
 
 
 @click.command("restore")
@@ -73,11 +71,11 @@ def restore(file: Path, as_json: bool) -> None:
     with _faults(), _bar("Copying") as tell:
         kept = backup.restore(_settings(), file, progress=tell)
     if as_json:
-        console.show_json({"replaced": str(kept) if kept else None})
+        output.show_json({"replaced": str(kept) if kept else None})
         return
-    console.note(f"Restored {file}.")
+    output.note(f"Restored {file}.")
     if kept:
-        console.note(f"The database that was there is kept as {kept}.")
+        output.note(f"The database that was there is kept as {kept}.")
 
 
 @click.command("purge")
@@ -89,20 +87,20 @@ def purge(vacuum: bool, as_json: bool) -> None:
     if vacuum and not config.settings().uses_sqlite:
         raise click.ClickException("PostgreSQL looks after its files by itself: leave --vacuum out.")
     deleted: Counter[str] = Counter()
-    with console.progress("Deleting", housekeeping.count_expired()) as bar:
-        for batch in housekeeping.purge():
+    with output.progress("Deleting", cleanup.count_expired()) as bar:
+        for batch in cleanup.purge():
             deleted.update(batch)
             bar.update(sum(batch.values()))
     if vacuum:
         with _faults():
             _vacuum(config.settings())
     if as_json:
-        console.show_json({"deleted": deleted, "total": deleted.total()})
+        output.show_json({"deleted": deleted, "total": deleted.total()})
         return
     rows = [{"table": name, "rows": count} for name, count in sorted(deleted.items()) if count]
     if rows:
-        console.show_table({"TABLE": lambda row: row["table"], "DELETED": lambda row: row["rows"]}, rows)
-    console.note(f"Deleted {deleted.total()} rows.")
+        output.show_table({"TABLE": lambda row: row["table"], "DELETED": lambda row: row["rows"]}, rows)
+    output.note(f"Deleted {deleted.total()} rows.")
 
 
 @click.command("doctor")
@@ -116,7 +114,7 @@ def examine(as_json: bool) -> None:
         if not as_json:
             click.echo(f"{finding.level:<6}{finding.subject:<14}{finding.text}")
     if as_json:
-        console.show_json([finding._asdict() for finding in found])
+        output.show_json([finding._asdict() for finding in found])
     if any(finding.level == doctor.FAIL for finding in found):
         raise click.exceptions.Exit(1)
 
@@ -125,7 +123,7 @@ COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, exami
 
 
 def _admin_token_file(settings: Settings) -> Path:
-    file = access.admin_token_file(settings)
+    file = auth.admin_token_file(settings)
     if not file.exists():
         raise click.ClickException(f"There is no {file}: LANYARD_INSTANCE must be a server's, started once.")
     return file
@@ -148,7 +146,7 @@ def _faults() -> Iterator[None]:
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    with console.progress(label) as bar:
+    with output.progress(label) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.length = total

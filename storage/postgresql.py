@@ -8,13 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from flask import Flask
 
 import waiting
-from config import SettingError, Settings
+
+if TYPE_CHECKING:
+    from config import Settings
 
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
@@ -54,6 +56,10 @@ _is_stuck = threading.Event()
 # The same for the server's answers: set when one did not come, until another does.
 _is_silent = threading.Event()
 _one_tries = threading.Lock()
+
+
+class EncodingError(Exception):
+    """The database's encoding cannot hold every text."""
 
 
 def url(settings: Settings) -> sa.URL:
@@ -177,12 +183,12 @@ def hosts_serving(connection: sa.Connection) -> list[str]:
 def alone(settings: Settings) -> Iterator[None]:
     """Hold a lock of the database's, so that servers starting together take turns.
 
-    :raises SettingError: when the database cannot keep every text.
+    :raises EncodingError: when the database cannot keep every text.
     """
     with session(settings) as connection:
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
         if encoding != "UTF8":
-            raise SettingError(f"LANYARD_DATABASE_URL must name a database in UTF8, not {encoding}.")
+            raise EncodingError(f"LANYARD_DATABASE_URL must name a database in UTF8, not {encoding}.")
         connection.exec_driver_sql(f"SELECT pg_advisory_lock({_OURS}, {_ALONE})")
         yield
 

@@ -22,7 +22,6 @@ from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it 
 import credentials
 import events
 import tally
-import throttle
 from config import settings
 from database import reading, writing
 from keys import Algorithms
@@ -220,14 +219,14 @@ def _prove_secret(client_id: str, secret: str) -> Client:
 def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
     """The costly way, for a secret that this process has not seen right before; `reason` is why it fails."""
     named = client_id if credentials.is_client_id(client_id) else "-"
-    guess = throttle.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
+    guess = credentials.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
     guess.refuse_if_throttled()
     try:
         # A malformed secret is not worth a hash, whoever the client is.
         if hint is not None and credentials.checker().check(secret, stored):
             return
     except credentials.Busy:
-        throttle.refuse(1)
+        credentials.refuse(1)
     tally.count_failure(reason)
     guess.failed()
     raise AuthenticationFailed()
@@ -241,7 +240,7 @@ def _by_assertion(request: OAuth2Request) -> Client:
         client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
     except AuthenticationFailed:
         # Nobody guesses a signature, so a right one is never refused: only what fails is counted.
-        guess = throttle.Guess("assertion", known=False)
+        guess = credentials.Guess("assertion", known=False)
         guess.refuse_if_throttled()
         tally.count_failure("assertion")
         guess.failed()
