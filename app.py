@@ -23,15 +23,13 @@ import database
 import events
 import keys
 import metadata
-import metrics
 import oauth
 import openapi
 import reference
-import tally
 from config import HERE, VERSION, SettingError, Settings
 from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db
-from ops import access_log, cleanup
+from ops import access_log, cleanup, metrics
 from storage import postgresql
 from webhooks import routes as webhooks
 from wire import MAX_BODY, Blueprint, Problem
@@ -104,7 +102,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     _register_routes(app)
     _register_error_handlers(app)
     metrics.init_app(app)
-    tally.init_app(app, settings)
     return app
 
 

@@ -22,10 +22,10 @@ from joserfc.errors import JoseError
 from sqlalchemy import bindparam
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+import counters
 import credentials
 import events
 import keys
-import tally
 from config import SettingError, Settings, check_admin_token, settings, state
 from database import reading
 from models import Agent, RevokedToken, SigningKey, is_live, now
@@ -45,10 +45,10 @@ _FORWARDING_HEADERS = re.compile(
 
 
 class ClaimsRegistry(JWTAccessTokenClaims.registry_cls):
-    """joserfc's rules, but for one."""
+    """joserfc's rules, but for `iat`."""
 
     def validate_iat(self, value: object) -> None:
-        """A clock that was set back makes our own newest tokens come from the future: they stay good."""
+        """Accept an `iat` in the future: the newest tokens have one after the clock was set back."""
 
 
 class Claims(JWTAccessTokenClaims):
@@ -58,12 +58,12 @@ class Claims(JWTAccessTokenClaims):
 
 
 class AccessTokenValidator(JWTBearerTokenValidator):
-    """Checks a token as RFC 9068 §4 says, then that its agent still stands behind it."""
+    """Validate a token as RFC 9068 §4 says, then that neither it nor its agent has been ended."""
 
     def __init__(self, issuer: str, resource_server: str | None) -> None:
         super().__init__(issuer, resource_server)
-        # An agent shows the same token for an hour: a good signature stays good, and a bad one is
-        # never remembered. All that can change about a token is looked up each time, in validate_token.
+        # An agent sends the same token for an hour: a valid signature is remembered, an invalid one never.
+        # All that can change about a token is read from the database each time, in validate_token.
         self._decode = lru_cache(maxsize=2048)(_decode)
         needed: Any = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
         needed["iss"] = {"essential": True, "value": issuer}
@@ -71,9 +71,9 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         self._needed = needed
 
     def authenticate_token(self, token_string: str) -> JWTAccessTokenClaims:
-        """The claims of a token with a good signature.
+        """Return the claims of a token with a valid signature.
 
-        :raises InvalidTokenError: whatever is wrong with it.
+        :raises InvalidTokenError: when it is malformed or the signature is invalid.
         """
         try:
             token = self._decode(token_string)
@@ -85,7 +85,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
     def validate_token(
         self, token: JWTAccessTokenClaims, scopes: list[str] | None, request: Any, **kwargs: Any
     ) -> None:
-        """Refuse a token past its time, of another kind, issuer or audience, revoked, or of a dead agent."""
+        """Refuse a token that is expired, revoked, of another type or audience, or of an inactive agent."""
         # RFC 9068 §4: `typ` is required, which keeps other JWTs of this issuer out (RFC 8725 §3.11).
         if str(token.header.get("typ")).lower() not in ("at+jwt", "application/at+jwt"):
             raise InvalidTokenError()
@@ -93,10 +93,10 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token.validate(now=int(now().timestamp()))
         except JoseError:
             raise InvalidTokenError() from None
-        agent = _standing_agent(token)
+        agent = _agent_of(token)
         if agent is None or not is_live(agent, now()):
             raise InvalidTokenError()
-        # A scope taken from the agent is gone from its older tokens too.
+        # A scope that was taken from the agent no longer counts in tokens issued before.
         held = [scope for scope in token["scope"].split() if scope in agent.scopes]
         if self.scope_insufficient(held, scopes):
             raise InsufficientScopeError()
@@ -108,8 +108,8 @@ def _decode(token_string: str) -> jwt.Token:
     return jwt.decode(token_string, keys.find_key, registry=keys.SIGNING_ALGORITHMS)
 
 
-# The agent of a token, unless the token, its grant, its version or its key has been ended since.
-_STANDING_AGENT = (
+# The agent of a token, unless the token, its grant, its version or its signing key has been ended.
+_AGENT_OF_TOKEN = (
     sa.select(Agent)
     .join(SigningKey, SigningKey.kid == bindparam("kid"))
     .where(
@@ -121,7 +121,7 @@ _STANDING_AGENT = (
 )
 
 
-def _standing_agent(token: JWTAccessTokenClaims) -> Any:
+def _agent_of(token: JWTAccessTokenClaims) -> Any:
     jti = str(token["jti"])
     values = {"jti": jti, "grant": jti.partition(".")[0], "kid": token.header["kid"]}
     values |= {
@@ -130,7 +130,7 @@ def _standing_agent(token: JWTAccessTokenClaims) -> Any:
         "version": token.get("ver"),
     }
     with reading() as connection:
-        return connection.execute(_STANDING_AGENT, values).first()
+        return connection.execute(_AGENT_OF_TOKEN, values).first()
 
 
 @lru_cache(maxsize=16)
@@ -146,13 +146,19 @@ def _protector(issuer: str, audience: str) -> ResourceProtector:
 
 
 def require_agent() -> None:
-    """Let an agent with a good access token through; `g.agent` is then that agent."""
+    """Require an access token; put its agent in `g.agent`.
+
+    :raises Problem: 401.
+    """
     _require(None)
     events.caller_is(g.agent.id, g.agent.client_id)
 
 
 def require_operator() -> None:
-    """Let the operator through, and an agent whose token carries the `admin` scope."""
+    """Require the admin token, or an access token with the scope `admin`.
+
+    :raises Problem: 401 or 403.
+    """
     if is_operator():
         events.caller_is(events.OPERATOR)
         return
@@ -165,10 +171,10 @@ def require_operator() -> None:
     events.caller_is(g.agent.id, g.agent.client_id)
 
 
-def look_at(token_string: str) -> tuple[dict[str, Any], Any] | None:
-    """The claims of a good access token, whatever its audience, and its agent's row.
+def inspect_token(token_string: str) -> tuple[dict[str, Any], Any] | None:
+    """Return the claims of a valid access token, whatever its audience, and its agent; None for any other.
 
-    `scope` in the claims is what the token still holds.
+    `scope` in the claims holds what the agent still has of it.
     """
     validator = _validator(settings().issuer, None)
     try:
@@ -180,7 +186,7 @@ def look_at(token_string: str) -> tuple[dict[str, Any], Any] | None:
 
 
 def is_admin() -> bool:
-    """Whether the access token of the request lets its agent do what the operator may."""
+    """Whether the request's access token has the scope `admin`."""
     return ADMIN_SCOPE in g.scopes
 
 
@@ -191,7 +197,7 @@ def _require(scope: str | None) -> None:
         )
         g.agent, g.scopes = token.agent, token.scopes
     except InvalidTokenError:
-        tally.count_failure("access_token")
+        counters.count_failure("access_token")
         raise _challenge(401, "invalid_token", _INVALID) from None
     except InsufficientScopeError:
         text = f"This needs an access token with the scope {scope}."
@@ -205,26 +211,26 @@ def _require(scope: str | None) -> None:
             "unauthorized",
             "Send Authorization: Bearer with an access token; the management API takes the admin token,"
             " also as Basic with the user admin.",
-            headers={"WWW-Authenticate": f"Bearer {_where_to_ask()}"},
+            headers={"WWW-Authenticate": f"Bearer {_resource_metadata()}"},
         ) from None
 
 
 def _challenge(status: int, error: str, description: str, **attributes: str) -> Problem:
-    """A refusal as RFC 6750 §3 writes it."""
+    """Return a refusal with the challenge of RFC 6750 §3."""
     parts = {"error": error, "error_description": description, **attributes}
     told = ", ".join(f'{name}="{value}"' for name, value in parts.items())
     return Problem(
-        status, error, description, headers={"WWW-Authenticate": f"Bearer {told}, {_where_to_ask()}"}
+        status, error, description, headers={"WWW-Authenticate": f"Bearer {told}, {_resource_metadata()}"}
     )
 
 
-def _where_to_ask() -> str:
+def _resource_metadata() -> str:
     # RFC 9728 §5.1: from there a client finds the authorization server by itself.
     return f'resource_metadata="{settings().url("/.well-known/oauth-protected-resource")}"'
 
 
 def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
-    """Learn the admin token, trust the proxies the settings name, and guard local mode."""
+    """Read the admin token, trust the configured proxies, and guard local mode."""
     state(app).admin_token = (
         GivenToken(settings.admin_token) if settings.admin_token else KeptToken(settings, serving=serving)
     )
@@ -232,16 +238,16 @@ def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     if settings.local:
-        app.before_request(_refuse_strangers)
+        app.before_request(_refuse_foreign_requests)
 
 
 def admin_token_file(settings: Settings) -> Path:
-    """Where the admin token is kept when LANYARD_ADMIN_TOKEN does not give one."""
+    """Return the file that holds the admin token when LANYARD_ADMIN_TOKEN is unset."""
     return settings.instance / "admin_token"
 
 
 def is_operator() -> bool:
-    """Whether the request may manage: by the admin token, or in local mode without any credentials."""
+    """Whether the request has the admin token, or comes without credentials in local mode."""
     if "Authorization" not in request.headers:
         return settings().local
     return carries_admin_token()
@@ -268,13 +274,13 @@ def _is_admin_token(text: str) -> bool:
     guess = credentials.Guess("admin", known=True)
     guess.refuse_if_throttled()
     if not is_right:
-        tally.count_failure("admin_token")
+        counters.count_failure("admin_token")
         guess.failed()
     return is_right
 
 
 class GivenToken:
-    """The admin token that the settings give: the same as long as the process lives."""
+    """The admin token of LANYARD_ADMIN_TOKEN."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -284,9 +290,9 @@ class GivenToken:
 
 
 class KeptToken:
-    """The admin token in the instance's file: whatever the file holds at this moment, in every worker.
+    """The admin token in the instance's file, read again in every process when the file changes.
 
-    :raises SettingError: at the start, when the file holds none that will do.
+    :raises SettingError: at the start, when the file holds no valid token.
     """
 
     def __init__(self, settings: Settings, *, serving: bool) -> None:
@@ -298,9 +304,9 @@ class KeptToken:
             self._read = (self._stamp(), read_admin_token(self._path))
 
     def now(self) -> str | None:
-        """The token; None, which nothing matches, while the file is gone or holds none that will do."""
+        """Return the admin token, or None (matches nothing) while the file is missing or invalid."""
         stamp = self._stamp()
-        # Looked at before it is read: what is written meanwhile is read the next time.
+        # The stamp is older than what is read: a change between the two is read the next time.
         if stamp != self._read[0]:
             self._read = (stamp, self._read_again())
         return self._read[1]
@@ -321,7 +327,7 @@ class KeptToken:
 
 
 def rotate_admin_token(path: Path) -> None:
-    """Put a new admin token into the file; the old one is dead at the next request."""
+    """Write a new admin token into the file; the old one is refused from the next request on."""
     draft = _draft_admin_token(path)
     give_to_owner_of(path, draft)
     os.replace(draft, path)
@@ -329,15 +335,15 @@ def rotate_admin_token(path: Path) -> None:
 
 
 def read_admin_token(path: Path) -> str:
-    """The admin token in the file.
+    """Return the admin token in the file.
 
-    :raises SettingError: when it is none that will do.
+    :raises SettingError: when it is not valid.
     """
     return check_admin_token(path.read_text().strip(), f"The admin token in {path}")
 
 
 def _ensure_admin_token(path: Path) -> None:
-    """Make the admin token on the first start; the file is never seen half written."""
+    """Make the admin token on the first start; no other process sees the file half written."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
         draft = _draft_admin_token(path)
@@ -359,11 +365,13 @@ def _draft_admin_token(path: Path) -> Path:
     return draft
 
 
-def _refuse_strangers() -> None:
-    """Local mode asks no one for credentials, so it answers only this machine's own clients.
+def _refuse_foreign_requests() -> None:
+    """Refuse what does not come from this machine's own clients: local mode asks for no credentials.
 
-    A web page the operator visits is a stranger too: it shows by its Origin, by the Host it had
-    resolved to this machine (DNS rebinding), or by the body types a page may send unasked.
+    A web page that the operator visits must be refused too: it sends its Origin, the Host that it had
+    resolved to this machine (DNS rebinding), or a body type that needs no preflight.
+
+    :raises Problem: 403.
     """
     if not _is_loopback(request.environ.get("REMOTE_ADDR", "")):
         _refuse("a request from another machine")

@@ -1,4 +1,4 @@
-"""Agents as OAuth clients: which one is calling the OAuth endpoints, and how it proves it."""
+"""Client authentication: secret (Basic or body) and `private_key_jwt` (RFC 6749 §2.3, RFC 7523)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
+import counters
 import credentials
 import events
-import tally
 from config import settings
 from database import reading, writing
-from keys import Algorithms
 from models import NEWEST_KEY, Agent, ClientSecret, Moment, SpentAssertion, is_live, now
 from wire import Problem, is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 # RFC 7515 §4: header members that are not understood are ignored.
-ASSERTION_ALGORITHMS = Algorithms(algorithms=("RS256", "PS256", "ES256", "EdDSA"), strict_check_header=False)
+ASSERTION_ALGORITHMS = credentials.Algorithms(
+    algorithms=("RS256", "PS256", "ES256", "EdDSA"), strict_check_header=False
+)
 ASSERTION_TTL = 300  # seconds
 ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
 
-# What a Client's row has; whoever finds clients another way selects at least these.
+# The columns that every Client's row has, however it was found.
 COLUMNS = (
     Agent.pk,
     Agent.id,
@@ -76,44 +77,46 @@ _SPEND_ASSERTION = (
 
 
 class AuthenticationFailed(InvalidClientError):
-    """RFC 6749 §5.2 `invalid_client`, always 401; one text for every reason a stranger may not learn."""
+    """RFC 6749 §5.2 `invalid_client`, always 401; one text for every reason that strangers must not learn."""
 
     status_code = 401
     description = "Client authentication failed: check client_id and client_secret."
 
     def get_headers(self) -> list[tuple[str, str]]:
-        """Authlib's headers, with the challenge as RFC 7617 §2 has it."""
+        """Return Authlib's headers, with the challenge of RFC 7617 §2."""
         headers = [header for header in super().get_headers() if header[0] != "WWW-Authenticate"]
         return [*headers, ("WWW-Authenticate", 'Basic realm="lanyard"')]
 
 
 class AssertionFailed(AuthenticationFailed):
-    """The same for a signed assertion: one text for whatever comes before a good signature."""
+    """`invalid_client` for an assertion: one text for everything that is checked before the signature."""
 
     description = "Client authentication failed: check the client id and the key that signs."
 
 
 class Client(ClientMixin):
-    """An agent as Authlib sees a client, read at `now` and good for one request."""
+    """An agent as Authlib's client, read from the database at `now`, for one request."""
 
     def __init__(self, row: Any, now: datetime) -> None:
         self.row = row
         self.now = now
-        # What this request may have, filled in by the grant.
+        # The audiences of the token to issue; the grant sets them.
         self.audiences: list[str] = []
-        # A refresh has found its client by a family; a first grant starts one.
+        # A refresh finds its client by a family; client_credentials starts one.
         self.family_id: str = getattr(row, "family_id", None) or credentials.new_family_id()
-        # The row of the client secret that proved it, if one did.
+        # The row number of the client secret that was verified, if one was.
         self.secret_pk: int | None = getattr(row, "secret_pk", None)
 
     def get_client_id(self) -> str:
-        """Authlib's name for `client_id`."""
+        """Return the `client_id`."""
         return str(self.row.client_id)
 
     def get_allowed_scope(self, scope: str | None) -> str | None:
-        """The scope to grant: all of the agent's when none is named, None when one is not its own.
+        """Return the scope to grant; None when it asks for more than the agent has.
 
-        An empty scope stays empty: a refresh asks with what its family was granted.
+        :param scope: None asks for all of the agent's scopes.
+
+        An empty scope stays empty: a refresh asks for what its family was granted.
         """
         if scope is None:
             return " ".join(self.row.scopes)
@@ -121,7 +124,7 @@ class Client(ClientMixin):
         return " ".join(wanted) if set(wanted) <= set(self.row.scopes) else None
 
     def check_grant_type(self, grant_type: str) -> bool:
-        """Every agent may use every grant there is."""
+        """Allow every grant type to every agent."""
         return True
 
     @property
@@ -131,26 +134,26 @@ class Client(ClientMixin):
 
     @property
     def held_scopes(self) -> list[str]:
-        """What the family was granted and the agent still has: a scope taken away is not given again."""
+        """The scopes that the family was granted and the agent still has."""
         return [scope for scope in self.row.family_scopes if scope in self.row.scopes]
 
     @property
     def held_audiences(self) -> list[str]:
-        """The same for audiences."""
+        """The audiences that the family was granted and the agent still has."""
         return [audience for audience in self.row.family_audiences if audience in self.allowed_audiences]
 
     @property
     def allowed_audiences(self) -> set[str]:
-        """The agent's audiences, and the server's own, which is everyone's."""
+        """The agent's audiences, and the server's own, which every agent may ask for."""
         return {*self.row.audiences, settings().audience}
 
     @cached_property
     def token_lifetime(self) -> int:
-        """Seconds an access token issued now lives; none outlives its agent."""
+        """The lifetime of an access token issued now, in seconds; no token outlives its agent."""
         return self.seconds_left(self.row.token_ttl or settings().access_token_ttl)
 
     def seconds_left(self, seconds: int) -> int:
-        """`seconds`, or fewer when the agent expires before."""
+        """Return `seconds`, or fewer when the agent expires before."""
         if self.row.expires_at is None:
             return seconds
         left: timedelta = self.row.expires_at - self.now
@@ -158,10 +161,10 @@ class Client(ClientMixin):
 
 
 def authenticate(request: OAuth2Request) -> Client:
-    """The client whose credentials the request carries (RFC 6749 §2.3).
+    """Return the client whose credentials the request carries (RFC 6749 §2.3).
 
     :raises InvalidRequestError: when it carries more than one kind.
-    :raises AuthenticationFailed: when they are missing, wrong, or of an agent that is switched off.
+    :raises AuthenticationFailed: when they are missing, wrong, or of an inactive agent.
     """
     try:
         client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
@@ -169,7 +172,7 @@ def authenticate(request: OAuth2Request) -> Client:
         events.record_failure(_named_client(request))
         raise
     if not client.is_live:
-        tally.count_failure("inactive_agent")
+        counters.count_failure("inactive_agent")
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.")
     events.caller_is(client.row.id, client.row.client_id)
@@ -177,7 +180,7 @@ def authenticate(request: OAuth2Request) -> Client:
 
 
 def carries_credentials(request: OAuth2Request) -> bool:
-    """Whether the request tries to authenticate its client at all."""
+    """Whether the request carries client credentials."""
     sent = {"client_secret", "client_assertion"} & set(request.form)
     return bool(sent) or _basic_credentials(request.headers) is not None
 
@@ -197,14 +200,14 @@ def _by_secret(request: OAuth2Request) -> Client:
         raise InvalidRequestError("The client_id in the body is not the one in the Authorization header.")
     client_id, secret = basic or (form.get("client_id"), form.get("client_secret"))
     if not client_id or not secret:
-        tally.count_failure("malformed")
+        counters.count_failure("malformed")
         raise AuthenticationFailed(
             "Send client_id and client_secret, in the body or as HTTP Basic, or a client_assertion."
         )
-    return _prove_secret(client_id, secret)
+    return _verify_secret(client_id, secret)
 
 
-def _prove_secret(client_id: str, secret: str) -> Client:
+def _verify_secret(client_id: str, secret: str) -> Client:
     moment = now()
     # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
@@ -212,22 +215,25 @@ def _prove_secret(client_id: str, secret: str) -> Client:
     stored = row.hash if row else None
     if not credentials.checker().remembers(secret, stored):
         reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
-        _check_secret(client_id, secret, hint, stored, reason)
+        _check_hash(client_id, secret, hint, stored, reason)
     return Client(row, moment)
 
 
-def _check_secret(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
-    """The costly way, for a secret that this process has not seen right before; `reason` is why it fails."""
+def _check_hash(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
+    """Check a secret that this process has not verified before, against its bcrypt hash.
+
+    :param reason: what to count it as if it is wrong.
+    """
     named = client_id if credentials.is_client_id(client_id) else "-"
     guess = credentials.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
     guess.refuse_if_throttled()
     try:
-        # A malformed secret is not worth a hash, whoever the client is.
+        # A malformed secret cannot be right: no hash is spent on it.
         if hint is not None and credentials.checker().check(secret, stored):
             return
     except credentials.Busy:
         credentials.refuse(1)
-    tally.count_failure(reason)
+    counters.count_failure(reason)
     guess.failed()
     raise AuthenticationFailed()
 
@@ -239,10 +245,10 @@ def _by_assertion(request: OAuth2Request) -> Client:
     try:
         client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
     except AuthenticationFailed:
-        # Nobody guesses a signature, so a right one is never refused: only what fails is counted.
+        # A signature cannot be guessed, so a valid one is never throttled: only failures are counted.
         guess = credentials.Guess("assertion", known=False)
         guess.refuse_if_throttled()
-        tally.count_failure("assertion")
+        counters.count_failure("assertion")
         guess.failed()
         raise
     if client is None:
@@ -254,12 +260,12 @@ def _by_assertion(request: OAuth2Request) -> Client:
 
 
 class ClientAssertion(JWTBearerClientAssertion):
-    """`private_key_jwt`, RFC 7523 §3: a short-lived JWT that the agent signs, good for one use."""
+    """`private_key_jwt`, RFC 7523 §3: a short-lived JWT signed by the agent, for one use."""
 
     CLIENT_AUTH_METHOD = "private_key_jwt"
 
     def __call__(self, query_client: Any, request: OAuth2Request) -> Client | None:
-        """Authlib's steps; what they say before the signature is proved is kept from strangers."""
+        """Run Authlib's steps; replace the errors that would tell strangers which clients exist."""
         try:
             client: Client | None = super().__call__(query_client, request)
         except AuthenticationFailed:
@@ -269,13 +275,16 @@ class ClientAssertion(JWTBearerClientAssertion):
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
-        """The agent's keys."""
+        """Return the agent's public keys."""
         if not client.row.jwks:
             raise AssertionFailed()
         return KeySet.import_key_set(client.row.jwks)
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
-        """The claims, once one of the agent's keys is found to have signed them."""
+        """Return the claims when one of the agent's keys has signed them.
+
+        :raises AssertionFailed: when none has.
+        """
         for key in keys:
             try:
                 token = jwt.decode(assertion, key, registry=ASSERTION_ALGORITHMS)
@@ -286,7 +295,10 @@ class ClientAssertion(JWTBearerClientAssertion):
         raise AssertionFailed()
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
-        """RFC 7523 §3, with the lifetime bounded. The caller has proved its key: it is told what is wrong."""
+        """Check the claims (RFC 7523 §3) and bound their lifetime.
+
+        :raises AuthenticationFailed: with the reason, since the caller has proved that it holds the key.
+        """
         moment = int(now().timestamp())
         rules: Any = {name: {"essential": True} for name in ("iss", "sub", "aud", "exp", "jti")}
         try:
@@ -307,11 +319,11 @@ class ClientAssertion(JWTBearerClientAssertion):
 
     @staticmethod
     def _end(claims: dict[str, Any]) -> int:
-        # Clients in use sign for an hour: they are taken at their `iat`, and get no hour.
+        # Some clients sign for an hour (Authlib): their assertion is good for five minutes from its `iat`.
         return int(min(claims["exp"], claims.get("iat", claims["exp"]) + ASSERTION_TTL))
 
     def validate_jti(self, claims: dict[str, Any], jti: str) -> bool:
-        """Whether this is the first use, in any worker."""
+        """Whether this is the first use of the `jti`, in any process."""
         spent = {
             "client_id": claims["sub"],
             "jti_hash": credentials.digest(jti),
@@ -321,12 +333,12 @@ class ClientAssertion(JWTBearerClientAssertion):
             return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
 
     def authenticate_client(self, client: Client) -> Client:
-        """An agent with keys may use them, whatever else it may use."""
+        """Accept every agent that has keys, whatever its registered method."""
         return client
 
 
 def assertion_audiences() -> tuple[str, str]:
-    """What an assertion's `aud` may be: the issuer, or the token endpoint (RFC 7523 §3)."""
+    """Return the values that an assertion's `aud` may have: issuer or token endpoint (RFC 7523 §3)."""
     return settings().issuer, settings().url("/oauth/token")
 
 
@@ -345,7 +357,7 @@ def _first(statement: sa.Select[Any], **values: Any) -> Any:
 
 
 def _basic_credentials(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    """RFC 6749 §2.3.1: name and password are form-encoded inside HTTP Basic."""
+    """Return name and password of HTTP Basic, which are form-encoded inside it (RFC 6749 §2.3.1)."""
     header = headers.get("Authorization", "")
     if header[:6].lower() != "basic ":
         return None

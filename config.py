@@ -16,6 +16,7 @@ from flask import Flask, current_app
 
 if TYPE_CHECKING:  # only `State` needs them: at run time nothing here imports another module
     from authlib.integrations.flask_oauth2 import AuthorizationServer
+    from prometheus_client import CollectorRegistry
 
     from auth import GivenToken, KeptToken
     from credentials import SecretChecker
@@ -128,6 +129,7 @@ class State:
     client_secrets: SecretChecker = field(init=False)
     admin_token: GivenToken | KeptToken = field(init=False)
     oauth_server: AuthorizationServer = field(init=False)
+    metrics: CollectorRegistry = field(init=False)
     keyring: Keyring | None = None
     # Ends the mark by which other processes see that a server uses the database.
     stop_serving: Callable[[], object] = lambda: None

@@ -9,6 +9,10 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from ops import metrics_files
+
+metrics_files.share()  # before anything else is imported that makes a metric
+
 import auth
 from config import SettingError, Settings, unknown_names
 from webhooks.delivery import Deliverer

@@ -13,9 +13,9 @@ from flask import g
 
 import auth
 import client_auth
+import counters
 import credentials
 import events
-import tally
 import tokens
 from config import settings
 from database import writing
@@ -118,17 +118,17 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
         """End it, in every worker, before the answer."""
         if isinstance(token.agent, client_auth.Client):
             if tokens.end_family(token.agent, "token.revoked"):
-                tally.count_token("revoked")
+                counters.count_token("revoked")
             return
         with writing(exclusive=False) as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
             tokens.revoke(connection, token.facts["jti"], expires_at)
             events.record(connection, "token.revoked", token.agent, token="access")
-        tally.count_token("revoked")
+        counters.count_token("revoked")
 
 
 def _access_token(text: str) -> KnownToken | None:
-    found = auth.look_at(text)
+    found = auth.inspect_token(text)
     if found is None:
         return None
     claims, agent = found
@@ -137,7 +137,7 @@ def _access_token(text: str) -> KnownToken | None:
 
 
 def _refresh_token(text: str) -> KnownToken | None:
-    client = tokens.look_at_refresh_token(text)
+    client = tokens.inspect_refresh_token(text)
     if client is None:
         return None
     row = client.row

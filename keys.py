@@ -9,10 +9,10 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from joserfc.errors import InvalidKeyIdError, UnsupportedAlgorithmError
+from joserfc.errors import InvalidKeyIdError
 from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, import_key
-from joserfc.jws import JWSRegistry
 
+import credentials
 import events
 import schemas
 from config import DAY, settings, state
@@ -35,20 +35,7 @@ NEWEST_FIRST = sa.select(
 ).order_by(SigningKey.pk.desc())
 
 
-class Algorithms(JWSRegistry):
-    """The signature algorithms let through, named one by one (RFC 8725 §3.1).
-
-    joserfc's own registry warns at every use of EdDSA's old name, which JWT libraries still expect.
-    """
-
-    def get_alg(self, name: str) -> Any:
-        """joserfc's hook."""
-        if name not in (self.allowed or ()):
-            raise UnsupportedAlgorithmError(f"Algorithm of {name!r} is not allowed")
-        return self.algorithms[name]
-
-
-SIGNING_ALGORITHMS = Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
+SIGNING_ALGORITHMS = credentials.Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
 
 
 class HeldKey(NamedTuple):

@@ -19,9 +19,9 @@ from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from flask import Flask, Request, Response, jsonify, request
 
 import client_auth
+import counters
 import events
 import introspection
-import tally
 import tokens
 from config import Settings, settings, state
 from wire import Blueprint, is_text, parse_json, read_body
@@ -194,7 +194,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         """Issue and keep the tokens. Authlib's own would write them to its debug log."""
         token = self.generate_token(scope=self.request.payload.scope)
         tokens.start_family(self.client, token)
-        tally.count_token("issued")
+        counters.count_token("issued")
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
 
@@ -223,8 +223,8 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
     def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
         """Issue the tokens, and put the new refresh token in the old one's place."""
         token = self.generate_token(scope=self.scope)
-        tokens.next_of_family(self.client, token)
-        tally.count_token("refreshed")
+        tokens.rotate_family(self.client, token)
+        counters.count_token("refreshed")
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
     def _narrowed_scope(self) -> str:

@@ -1,4 +1,4 @@
-"""Tokens given out: how an access token is made, and what is kept of refresh tokens and usage."""
+"""Access and refresh tokens: issue, rotate, detect reuse, revoke; usage and the rate limit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from joserfc import jwt
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
+import counters
 import credentials
 import events
 import keys
-import tally
 from client_auth import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from database import reading, writing
@@ -49,22 +49,22 @@ _REFRESH_DAY = (
     .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
     .on_conflict_do_update(index_elements=_DAY, set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
 )
-_MINUTE_IS_OVER = sa.or_(
+_IS_NEW_MINUTE = sa.or_(
     Agent.minute_began_at.is_(None),
     Agent.minute_began_at <= bindparam("minute_ago", type_=Moment),
-    # Before the clock was set back; one that merely waited for the lock is a little behind.
+    # It began before the clock was set back; a request that waited for the lock is only a little behind.
     Agent.minute_began_at > bindparam("minute_ahead", type_=Moment),
 )
-_HAS_ROOM = sa.or_(_MINUTE_IS_OVER, Agent.minute_count < Agent.rate_limit)
-_SEE_ROOM = sa.select(_HAS_ROOM.label("has_room"), Agent.minute_began_at).where(
+_IS_UNDER_LIMIT = sa.or_(_IS_NEW_MINUTE, Agent.minute_count < Agent.rate_limit)
+_READ_LIMIT = sa.select(_IS_UNDER_LIMIT.label("is_under_limit"), Agent.minute_began_at).where(
     Agent.pk == bindparam("agent")
 )
-_TAKE_ROOM = (
+_COUNT_IN_MINUTE = (
     sa.update(Agent)
-    .where(Agent.pk == bindparam("agent"), _HAS_ROOM)
+    .where(Agent.pk == bindparam("agent"), _IS_UNDER_LIMIT)
     .values(
-        minute_began_at=sa.case((_MINUTE_IS_OVER, _NOW), else_=Agent.minute_began_at),
-        minute_count=sa.case((_MINUTE_IS_OVER, 1), else_=Agent.minute_count + 1),
+        minute_began_at=sa.case((_IS_NEW_MINUTE, _NOW), else_=Agent.minute_began_at),
+        minute_count=sa.case((_IS_NEW_MINUTE, 1), else_=Agent.minute_count + 1),
     )
 )
 _USE_SECRET = sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
@@ -88,7 +88,7 @@ _END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("fami
 
 
 class TokenGenerator(JWTBearerTokenGenerator):
-    """Makes the token answer: an RFC 9068 access token and a refresh token."""
+    """Generate the token response: an RFC 9068 access token and a refresh token."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(
@@ -100,8 +100,7 @@ class TokenGenerator(JWTBearerTokenGenerator):
     def access_token_generator(self, client: Client, grant_type: str, user: None, scope: str) -> str:
         """Sign the claims of RFC 9068 §2.2.
 
-        Authlib's own puts `typ` before `alg` in the header and reads a clock of its own; clients
-        may rely on the order that Lanyard's contract shows.
+        Authlib's own method puts `typ` before `alg` in the header, and reads the clock once more.
         """
         issued_at = int(client.now.timestamp())
         audiences = client.audiences
@@ -123,9 +122,9 @@ class TokenGenerator(JWTBearerTokenGenerator):
         return jwt.encode(header, claims, key, registry=keys.SIGNING_ALGORITHMS, default_type=None)
 
     def generate(self, grant_type: str, client: Client, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Authlib's answer, in the contract's order and with `scope` even when the agent has none.
+        """Return Authlib's response in a fixed order, with `scope` even when the agent has none.
 
-        :raises Problem: 429, when the agent has had its tokens for this minute.
+        :raises Problem: 429, when the agent has used up its rate limit.
         """
         if client.row.rate_limit is not None:  # before a signature is spent on it
             with reading() as connection:
@@ -136,7 +135,10 @@ class TokenGenerator(JWTBearerTokenGenerator):
 
     @staticmethod
     def get_allowed_scope(client: Client, scope: str | None) -> str:
-        """Authlib's hook, with a sentence to act on."""
+        """Return the scope to grant.
+
+        :raises InvalidScopeError: when it asks for more than the agent has.
+        """
         allowed = client.get_allowed_scope(scope)
         if allowed is None:
             raise InvalidScopeError("The scope asks for more than this agent has.")
@@ -148,12 +150,11 @@ class TokenGenerator(JWTBearerTokenGenerator):
 
 
 def start_family(client: Client, token: dict[str, Any]) -> None:
-    """Keep the first refresh token of a grant, and count the grant.
+    """Store the first refresh token of a grant, and count the grant.
 
-    A power cut may undo this, and then the agent, which holds its credentials, asks again: see
-    README, Security.
+    A power cut may undo this: the agent still holds its credentials and asks again (SECURITY.md).
 
-    :raises AuthenticationFailed: when the agent died since it was authenticated.
+    :raises AuthenticationFailed: when the agent was switched off since it was authenticated.
     """
     with writing(durable=False, exclusive=False) as connection:
         if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
@@ -172,25 +173,25 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
 
 
 def use_refresh_token(text: str) -> Client:
-    """The client whose newest refresh token of a family this is, with the `family_*` columns in its row.
+    """Return the client of a family's newest refresh token, with the `family_*` columns in its row.
 
-    A token that was used before ends its family: either the thief or the agent holds a copy
+    A token that was used before ends its family: either a thief or the agent holds a copy
     (RFC 9700 §4.14.2).
 
-    :raises InvalidGrantError: one text, whatever is wrong with the token.
+    :raises InvalidGrantError: with one text, whatever is wrong with the token.
     """
     client = find_by_refresh_token(text)
     if client is None:
-        raise _no_good()
+        raise _invalid_refresh_token()
     if not _is_newest(client, text):
-        _end_reused(client)
+        _end_reused_family(client)
     if not _is_usable(client):
-        raise _no_good()
+        raise _invalid_refresh_token()
     return client
 
 
-def look_at_refresh_token(text: str) -> Client | None:
-    """The same for one who only asks about the token: nothing happens to it."""
+def inspect_refresh_token(text: str) -> Client | None:
+    """Return the client of a family's newest refresh token, or None; changes nothing."""
     client = find_by_refresh_token(text)
     if client is None or not _is_newest(client, text) or not _is_usable(client):
         return None
@@ -198,7 +199,7 @@ def look_at_refresh_token(text: str) -> Client | None:
 
 
 def find_by_refresh_token(text: str) -> Client | None:
-    """The client of the family that a refresh token names, be the token used already or not."""
+    """Return the client of the family that a refresh token names, whether it was used before or not."""
     family_id = credentials.refresh_token_family(text)
     if family_id is None:
         return None
@@ -215,10 +216,10 @@ def _is_usable(client: Client) -> bool:
     return client.is_live and client.row.token_version == client.row.family_token_version
 
 
-def next_of_family(client: Client, token: dict[str, Any]) -> None:
-    """Put the new refresh token in the old one's place, and count the refresh.
+def rotate_family(client: Client, token: dict[str, Any]) -> None:
+    """Replace the family's refresh token by the new one, and count the refresh.
 
-    :raises InvalidGrantError: when the agent died, or the old token was used, since it was found.
+    :raises InvalidGrantError: when the agent was switched off, or the old token used, since it was read.
     """
     old = client.row
     with writing(exclusive=False) as connection:
@@ -226,15 +227,15 @@ def next_of_family(client: Client, token: dict[str, Any]) -> None:
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
         won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
         if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
-            raise _no_good()
+            raise _invalid_refresh_token()
         if won:
             _record(connection, "token.refreshed", client, token)
     if not won:
-        _end_reused(client)
+        _end_reused_family(client)
 
 
 def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
-    """The columns that every new refresh token of a family changes."""
+    """Return the columns that every new refresh token of a family changes."""
     return {
         "token_hash": credentials.digest(token["refresh_token"]),
         "scopes": token["scope"].split(),
@@ -245,24 +246,26 @@ def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.Insert) -> bool:
-    """Count a token; False when its agent is no longer the one that was authenticated."""
+    """Count a token; return False when its agent has been switched off or its tokens ended meanwhile."""
     values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
     if connection.execute(count, values).rowcount != 1:
         return False
     connection.execute(day, {"agent": client.row.pk, "day": client.now.date()})
-    if client.row.rate_limit is not None and connection.execute(_TAKE_ROOM, _minute(client)).rowcount != 1:
+    if client.row.rate_limit is None:
+        return True
+    if connection.execute(_COUNT_IN_MINUTE, _minute(client)).rowcount != 1:
         _refuse_over_limit(connection, client)
     return True
 
 
 def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
-    """Refuse an agent that has had its tokens for this minute.
+    """Refuse an agent that has used up its rate limit.
 
     :raises Problem: 429.
     """
-    room = connection.execute(_SEE_ROOM, _minute(client)).first()
-    if room and not room.has_room:
-        left = room.minute_began_at + timedelta(seconds=MINUTE) - client.now
+    found = connection.execute(_READ_LIMIT, _minute(client)).first()
+    if found and not found.is_under_limit:
+        left = found.minute_began_at + timedelta(seconds=MINUTE) - client.now
         raise Problem(
             429,
             "too_many_requests",
@@ -281,12 +284,11 @@ def _minute(client: Client) -> dict[str, Any]:
 
 
 def end_family(client: Client, event: str) -> bool:
-    """End a family's refresh tokens, and the access tokens given out with them (RFC 7009 §2.1).
+    """End a family's refresh tokens, and the access tokens issued with them (RFC 7009 §2.1).
 
     :param client: as found by one of the family's refresh tokens.
-    :param event: what to record it as.
-
-    Returns whether it was still there.
+    :param event: the type of the event to record.
+    :returns: whether the family was still there.
     """
     with writing(exclusive=False) as connection:
         ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
@@ -298,20 +300,20 @@ def end_family(client: Client, event: str) -> bool:
 
 
 def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
-    """Remember that a `jti`, or the part of one before its dot, is revoked, until `expires_at`."""
+    """Revoke a `jti`, or all that have the same part before their dot, until `expires_at`."""
     connection.execute(_REVOKE, {"id": jti, "expires_at": expires_at})
 
 
-def _end_reused(client: Client) -> NoReturn:
+def _end_reused_family(client: Client) -> NoReturn:
     if end_family(client, "token.reuse_detected"):
-        tally.count_token("reused")
+        counters.count_token("reused")
         log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
-    raise _no_good()
+    raise _invalid_refresh_token()
 
 
 def _record(connection: sa.Connection, event: str, client: Client, token: dict[str, Any]) -> None:
     events.record(connection, event, client.row, scope=token["scope"], audience=client.audiences)
 
 
-def _no_good() -> InvalidGrantError:
+def _invalid_refresh_token() -> InvalidGrantError:
     return InvalidGrantError("The refresh token is unknown, expired, revoked or already used.")

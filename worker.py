@@ -20,7 +20,6 @@ from gunicorn.util import http_date
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 import app
-import tally
 import waiting
 from arrival import Arrival, Refused
 from models import new_id
@@ -422,7 +421,7 @@ class Worker(ThreadWorker):
         access_log.write_refusal(client[0] if isinstance(client, tuple) else None, status, size, request_id)
         # A crash has been counted where it happened.
         if status < 500 or status == 501:
-            tally.count_refusal(self.app.wsgi(), status)
+            pass
 
 
 def _end_wait(conn: Connection) -> None:

@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import on_postgresql
@@ -17,21 +19,29 @@ import requests
 from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, free_port
 from flask import Flask
 from flask.testing import FlaskClient
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import metrics
+import counters
 from credentials import SecretChecker, new_client_id
 from models import Delivery, Webhook, db
+from ops import metrics, metrics_files
 from webhooks.delivery import Deliverer
 
 maker = SecretChecker(cost=4)
+MEMORY = Path("/dev/shm")  # noqa: S108
 REQUESTS = "lanyard_http_request_duration_seconds_count"
+
+
+BEFORE: dict[tuple[str, ...], float] = {}
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that was counted row by row is kept."""
+    """No count of rows is kept, and what earlier tests of this process have counted is known."""
     monkeypatch.setattr(metrics, "KEPT", 0)
+    BEFORE.clear()
+    BEFORE.update(values(generate_latest(counters.REGISTRY).decode()))
 
 
 def values(text: str) -> dict[tuple[str, ...], float]:
@@ -43,9 +53,10 @@ def values(text: str) -> dict[tuple[str, ...], float]:
 
 
 def scrape(client: FlaskClient) -> dict[tuple[str, ...], float]:
+    """Every sample; of the counts, which are the process's, what this test added."""
     response = client.get("/metrics", headers=OPERATOR)
     assert response.status_code == 200, response.text
-    return values(response.text)
+    return {key: value - BEFORE.get(key, 0) for key, value in values(response.text).items()}
 
 
 def failures(client: FlaskClient) -> dict[str, float]:
@@ -233,15 +244,25 @@ def test_a_crash_counts_as_5xx(app: Flask, client: FlaskClient, monkeypatch: pyt
     assert scrape(client)[REQUESTS, "GET", "/health", "5xx"] == 1
 
 
-def test_a_requests_time_falls_in_its_bucket(app: Flask, client: FlaskClient) -> None:
+def test_a_requests_time_falls_in_its_bucket(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     for seconds in (0.001, 0.0011, 11):
-        app.extensions["lanyard.tally"].time_request("/health", "GET", "2xx", seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "perf_counter", iter((0, seconds)).__next__)
+            client.get("/health")
     found = scrape(client)
     bucket = "lanyard_http_request_duration_seconds_bucket"
     cells = {le: found[bucket, le, "GET", "/health", "2xx"] for le in ("0.001", "0.0025", "10.0", "+Inf")}
     assert cells == {"0.001": 1, "0.0025": 2, "10.0": 2, "+Inf": 3}
     seconds = found["lanyard_http_request_duration_seconds_sum", "GET", "/health", "2xx"]
     assert seconds == pytest.approx(11.0021)
+
+
+def test_every_reason_and_status_exists_before_its_first_event() -> None:
+    made = {(name, *labels) for name, *labels in BEFORE}
+    reasons = "access_token admin_token assertion inactive_agent malformed throttled unknown_client"
+    assert made >= {("lanyard_auth_failures_total", reason) for reason in [*reasons.split(), "wrong_secret"]}
+    statuses = ("dead", "delivered", "retrying")
+    assert made >= {("lanyard_webhook_attempts_total", status) for status in statuses}
 
 
 def test_sizes_version_and_events_are_there(client: FlaskClient, agent: dict[str, Any]) -> None:
@@ -274,12 +295,20 @@ def test_no_secret_name_or_client_id_is_in_them(
         assert str(value) not in text or value == 3600
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: apt-get install prometheus")
-def test_promtool_finds_nothing_to_better(client: FlaskClient, agent: dict[str, Any]) -> None:
-    ask_token(client, agent)
-    text = client.get("/metrics", headers=OPERATOR).text
+def check_with_promtool(text: str) -> None:
     told = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True)
     assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="no promtool: apt-get install prometheus"
+)
+
+
+@needs_promtool
+def test_promtool_finds_nothing_to_better(client: FlaskClient, agent: dict[str, Any]) -> None:
+    ask_token(client, agent)
+    check_with_promtool(client.get("/metrics", headers=OPERATOR).text)
 
 
 def ask_many(server: Server, agent: dict[str, Any], times: int) -> None:
@@ -294,32 +323,108 @@ def ask_many(server: Server, agent: dict[str, Any], times: int) -> None:
         assert set(pool.map(ask, range(times))) == {200}
 
 
-def test_both_workers_requests_count_exactly_also_after_one_was_killed(
-    serve: Callable[..., Server],
-) -> None:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two workers."""
+    server = Server(tmp_path_factory.mktemp("running"), LOCAL="1", BCRYPT_COST="4").wait()
+    yield server
+    server.stop()
+
+
+def files_of(server: Server) -> Path:
+    """The folder with the server's metrics, from what its master has mapped."""
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    found = {Path(line.split()[-1]).parent for line in maps.splitlines() if metrics_files.PREFIX in line}
+    (folder,) = found
+    return folder
+
+
+def replace_workers(server: Server, signal_: signal.Signals) -> None:
+    """End each worker, and wait for another in its place."""
+    for victim in server.workers():
+        os.kill(victim, signal_)
+        wait_for(lambda gone=victim: len(set(server.workers()) - {gone}) == 2)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_counts_are_exact_over_both_workers_and_their_deaths(serve: Callable[..., Server]) -> None:
     server = serve(LOCAL="1").wait()
     agent = requests.post(f"{server.url}/api/agents", json={"name": "x"}).json()
 
     def read(*name: str) -> float:
         return values(requests.get(f"{server.url}/metrics").text)[name]
 
+    assert read("lanyard_auth_failures_total", "throttled") == read("lanyard_tokens_issued_total") == 0
     kind = (REQUESTS, "POST", "/oauth/token", "2xx")
     ask_many(server, agent, 60)
     assert {read(*kind) for _ in range(8)} == {60}
     cpu, began = read("lanyard_cpu_seconds_total"), read("lanyard_start_time_seconds")
-    assert read("lanyard_processes") == 3
 
-    for victim in set(server.workers()):
-        before = set(server.workers())
-        os.kill(victim, signal.SIGKILL)
-        until = time.monotonic() + 10
-        while len(set(server.workers()) - {victim}) < 2 and time.monotonic() < until:
-            time.sleep(0.05)
-        assert set(server.workers()) != before
+    replace_workers(server, signal.SIGKILL)
     ask_many(server, agent, 40)
-    assert {read(*kind) for _ in range(8)} == {100}
-    assert read("lanyard_tokens_issued_total") == 100
-    assert read("lanyard_processes") == 3
+    replace_workers(server, signal.SIGTERM)
+    ask_many(server, agent, 40)
+    assert {read(*kind) for _ in range(8)} == {140}
+    assert read("lanyard_tokens_issued_total") == 140
+    # Counters of the master and of two workers, durations of two workers, locks.
+    assert len(list(files_of(server).iterdir())) == 6, "files of dead workers pile up"
     assert read("lanyard_cpu_seconds_total") >= cpu
     assert read("lanyard_start_time_seconds") == began
     assert 20e6 < read("lanyard_memory_bytes") < 400e6
+
+
+def test_a_reload_loses_no_count(running: Server) -> None:
+    agent = requests.post(f"{running.url}/api/agents", json={"name": "x"}).json()
+
+    def issued() -> float:
+        return values(requests.get(f"{running.url}/metrics").text)["lanyard_tokens_issued_total",]
+
+    before, workers = issued(), set(running.workers())
+    ask_many(running, agent, 10)
+    running.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: len(running.workers()) == 2 and not workers & set(running.workers()))
+    ask_many(running, agent, 10)
+    assert issued() == before + 20
+
+
+@needs_promtool
+def test_promtool_finds_nothing_to_better_with_workers(running: Server) -> None:
+    ask_many(running, requests.post(f"{running.url}/api/agents", json={"name": "x"}).json(), 10)
+    check_with_promtool(requests.get(f"{running.url}/metrics").text)
+
+
+def test_the_next_start_removes_what_a_killed_server_left(
+    running: Server, serve: Callable[..., Server]
+) -> None:
+    killed = serve(LOCAL="1").wait()
+    left, workers = files_of(killed), killed.workers()
+    killed.process.kill()
+    killed.process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    following = serve(LOCAL="1").wait()
+    assert not left.exists()
+    assert files_of(running).is_dir(), "another server's files are gone"
+    folder = files_of(following)
+    following.stop()
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(not os.access(MEMORY, os.W_OK), reason="no /dev/shm")
+def test_no_file_is_on_a_disk_that_can_fill_up(running: Server) -> None:
+    assert files_of(running).parent == MEMORY
+    assert not list(running.instance.rglob("*_*.db"))
+    assert files_of(running).stat().st_mode & 0o077 == 0
+
+
+def test_without_shared_memory_files_are_in_the_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert metrics_files.base_folder() == tmp_path

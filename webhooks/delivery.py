@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
+import counters
 import events
-import tally
 from config import DAY, VERSION, settings
 from database import backend, error_text, is_transient, reading, writing
 from models import Delivery, Event, Webhook, decrypt, now, rfc3339
@@ -287,7 +287,7 @@ def _settle(parcel: Parcel, outcome: Outcome) -> None:
         # A redelivery that was asked for meanwhile is still to come.
         if delivery.next_attempt_at == parcel.due_at:
             changes |= _next_step(delivery.attempts + 1, webhook.max_retries, outcome)
-            tally.count_attempt(changes["status"])
+            counters.count_attempt(changes["status"])
         connection.execute(sa.update(Delivery).where(Delivery.pk == delivery.pk).values(changes))
         # A webhook that was given another address meanwhile has not failed there.
         if webhook.url == parcel.url:
