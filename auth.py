@@ -151,7 +151,7 @@ def require_agent() -> None:
     :raises Problem: 401.
     """
     _require(None)
-    events.caller_is(g.agent.id, g.agent.client_id)
+    events.set_caller(g.agent.id, g.agent.client_id)
 
 
 def require_operator() -> None:
@@ -160,7 +160,7 @@ def require_operator() -> None:
     :raises Problem: 401 or 403.
     """
     if is_operator():
-        events.caller_is(events.OPERATOR)
+        events.set_caller(events.OPERATOR)
         return
     try:
         _require(ADMIN_SCOPE)
@@ -168,7 +168,7 @@ def require_operator() -> None:
         if problem.status == 401 and "Authorization" in request.headers:
             events.record_failure(None)
         raise
-    events.caller_is(g.agent.id, g.agent.client_id)
+    events.set_caller(g.agent.id, g.agent.client_id)
 
 
 def inspect_token(token_string: str) -> tuple[dict[str, Any], Any] | None:

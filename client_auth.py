@@ -175,7 +175,7 @@ def authenticate(request: OAuth2Request) -> Client:
         counters.count_failure("inactive_agent")
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.")
-    events.caller_is(client.row.id, client.row.client_id)
+    events.set_caller(client.row.id, client.row.client_id)
     return client
 
 

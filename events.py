@@ -1,4 +1,4 @@
-"""What happened: recorded in the transaction of the change itself, kept as the audit log."""
+"""The audit log and the webhook outbox, written in the transaction of the change they describe."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _OUTBOX = sa.insert(Delivery).from_select(
 
 
 class _Limiter:
-    """Lets one of a kind through a minute, and one of any kind a second, in this process."""
+    """Allow one of a kind a minute, and one of any kind a second, in this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -68,9 +68,9 @@ _failures = _Limiter()
 
 
 def init_app(app: Flask) -> None:
-    """Give every request an id, its caller's own if that is harmless, and say it in the answer."""
-    app.before_request(_name_request)
-    app.after_request(_tell_request_id)
+    """Give every request an id, the caller's own if it is valid, and return it in the response."""
+    app.before_request(_assign_request_id)
+    app.after_request(_return_request_id)
 
 
 def record(
@@ -113,7 +113,7 @@ def record(
 
 
 def record_failure(client_id: str | None) -> None:
-    """Record a failed authentication in a transaction of its own; few of many, for guessers are busy."""
+    """Record a failed authentication in a transaction of its own; only some of many, to bound the log."""
     if _failures.allow((client_id, request.remote_addr)):
         # A database that is locked must not turn a refusal into another answer.
         try:
@@ -125,29 +125,29 @@ def record_failure(client_id: str | None) -> None:
                 raise
 
 
-def caller_is(actor: str, client_id: str | None = None) -> None:
-    """Say who makes this request: `admin`, or an agent by its id, with its client id."""
+def set_caller(actor: str, client_id: str | None = None) -> None:
+    """Note who makes this request: `admin`, or an agent by its id, with its client id."""
     g.actor, g.client_id = actor, client_id
 
 
-def _name_request() -> None:
+def _assign_request_id() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req_")
 
 
-def _tell_request_id(response: Response) -> Response:
+def _return_request_id(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.request_id
     return response
 
 
-bp = Blueprint("events", __name__, url_prefix="/api/events", description="What happened (management)")
+bp = Blueprint("events", __name__, url_prefix="/api/events", description="The audit log (management)")
 
 
 @bp.get("")
 @bp.arguments(schemas.EventQuery, location="query")
 @bp.response(200, schemas.EventPage)
 def list_events(query: dict[str, Any]) -> dict[str, Any]:
-    """What happened, newest first; `next` is the `after` of the page that follows."""
+    """List events, newest first; `next` is the `after` of the next page."""
     statement = sa.select(Event)
     if query["agent_id"] is not None:
         statement = statement.where(Event.agent_id == query["agent_id"])

@@ -58,7 +58,7 @@ class _TokenEndpoint:
         :raises AuthenticationFailed: for anyone else.
         """
         if auth.carries_admin_token():
-            events.caller_is(events.OPERATOR)
+            events.set_caller(events.OPERATOR)
             caller = Caller(None)
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
             auth.require_agent()

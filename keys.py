@@ -1,4 +1,4 @@
-"""Signing keys: made at the first start, kept in the database, published, rotated without a gap."""
+"""Signing keys: make, publish, use and rotate them; the JWKS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models import NEWEST_KEY, SigningKey, now
 from wire import Blueprint
 
 JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
-# A new key signs when every cache that could lack it has expired; a minute is for clocks and slow answers.
+# A new key signs when every cached JWKS without it has expired; a minute more is for slow responses.
 LEAD = JWKS_MAX_AGE + 60
 LONGEST_TOKEN = DAY
 
@@ -38,8 +38,8 @@ NEWEST_FIRST = sa.select(
 SIGNING_ALGORITHMS = credentials.Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
 
 
-class HeldKey(NamedTuple):
-    """A key as a process has read and parsed it: parsing one costs more than a signature."""
+class ParsedKey(NamedTuple):
+    """A key as a process has read and parsed it: parsing costs more than a signature."""
 
     key: Key
     public: str  # the public half, as JSON
@@ -49,14 +49,14 @@ class HeldKey(NamedTuple):
 
 @dataclass
 class Keyring:
-    """The keys that a process holds, oldest first."""
+    """The keys that a process has read, oldest first."""
 
-    held: list[HeldKey]
+    keys: list[ParsedKey]
     newest: int
 
-    def alive(self, moment: datetime) -> list[HeldKey]:
-        """The keys that are not gone."""
-        return [held for held in self.held if held.gone_at is None or held.gone_at > moment]
+    def alive(self, moment: datetime) -> list[ParsedKey]:
+        """Return the keys that are not gone."""
+        return [held for held in self.keys if held.gone_at is None or held.gone_at > moment]
 
 
 def ensure_signing_key(connection: sa.Connection, *, follow_setting: bool) -> None:
@@ -90,7 +90,7 @@ def rotate(connection: sa.Connection, alg: str | None = None, *, at_once: bool =
 
 
 class ListedKey(NamedTuple):
-    """A key and where it is in its life: `published`, `signing`, `retired` or `gone`."""
+    """A key and its state: `published`, `signing`, `retired` or `gone`."""
 
     kid: str
     alg: str
@@ -101,12 +101,12 @@ class ListedKey(NamedTuple):
 
 
 def list_keys(connection: sa.Connection) -> list[ListedKey]:
-    """Every key, newest first."""
-    return lives(connection.execute(NEWEST_FIRST).all())
+    """Return every key, newest first."""
+    return states(connection.execute(NEWEST_FIRST).all())
 
 
-def lives(rows: Sequence[Any]) -> list[ListedKey]:
-    """Where each key is in its life; `rows` as NEWEST_FIRST finds them."""
+def states(rows: Sequence[Any]) -> list[ListedKey]:
+    """Return the keys with their states; `rows` as NEWEST_FIRST selects them."""
     moment = now()
     signing = next((row.pk for row in rows if row.signs_from <= moment), rows[-1].pk if rows else None)
     return [
@@ -124,20 +124,20 @@ def _state(row: Any, moment: datetime, signing: int | None) -> str:
 
 
 def signing_key(newest: int) -> Key:
-    """The key that signs now.
+    """Return the key that signs now.
 
-    :param newest: what NEWEST_KEY was in this request's own read of the database.
+    :param newest: NEWEST_KEY as this request read it.
     """
     ring = _keyring(newest)
-    signing = [held.key for held in ring.held if held.signs_from <= now()]
-    # None signs yet when the clock was set back: then the oldest goes on.
-    return signing[-1] if signing else ring.held[0].key
+    signing = [held.key for held in ring.keys if held.signs_from <= now()]
+    # After the clock was set back none may sign yet: then the oldest does.
+    return signing[-1] if signing else ring.keys[0].key
 
 
 def find_key(signature: GuestProtocol) -> KeySet:
-    """The key that a token names by its `kid`, for joserfc to verify with.
+    """Return the key that a token names by its `kid`, for joserfc to verify with.
 
-    :raises InvalidKeyIdError: when it is none of ours, or gone.
+    :raises InvalidKeyIdError: when there is no such key, or it is gone.
     """
     kid = signature.headers().get("kid")
     for ring in (_keyring, _read_keys):
@@ -148,7 +148,7 @@ def find_key(signature: GuestProtocol) -> KeySet:
 
 
 def published() -> tuple[str, ...]:
-    """The public halves of all keys that are not gone, as JSON."""
+    """Return the public halves of all keys that are not gone, as JSON."""
     with reading() as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
     ring = _keyring(newest or 0)
@@ -169,14 +169,14 @@ def _read_keys() -> Keyring:
     with reading() as connection:
         rows = connection.execute(sa.select(SigningKey).order_by(SigningKey.pk)).all()
     old = state().keyring
-    parsed = {held.key.kid: held.key for held in old.held} if old else {}
+    parsed = {held.key.kid: held.key for held in old.keys} if old else {}
     held = [_hold(row, parsed.get(row.kid) or _parse(row)) for row in rows]
     ring = state().keyring = Keyring(held, max((row.pk for row in rows), default=0))
     return ring
 
 
-def _hold(row: sa.Row[Any], key: Key) -> HeldKey:
-    return HeldKey(key, json.dumps(key.as_dict(private=False)), row.signs_from, row.gone_at)
+def _hold(row: sa.Row[Any], key: Key) -> ParsedKey:
+    return ParsedKey(key, json.dumps(key.as_dict(private=False)), row.signs_from, row.gone_at)
 
 
 def _parse(row: sa.Row[Any]) -> Key:
@@ -206,7 +206,7 @@ bp = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing ke
 @bp.get("")
 @bp.response(200, schemas.KeyList)
 def show_keys() -> dict[str, Any]:
-    """The signing keys, newest first, and where each is in its life."""
+    """List the signing keys with their states, newest first."""
     with reading() as connection:
         return {"keys": list_keys(connection)}
 
@@ -215,7 +215,7 @@ def show_keys() -> dict[str, Any]:
 @bp.arguments(schemas.KeyRotation)
 @bp.response(200, schemas.KeyAnswer)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
-    """Publish a new key, which signs once every verifier can know it; at once, for a leak, with `now`."""
+    """Publish a new signing key; it signs when every verifier has it, or at once with `now`."""
     with writing() as connection:
         rotate(connection, at_once=fields["now"])
         return {"key": list_keys(connection)[0]}

@@ -215,7 +215,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         named = caller.get_client_id() if caller else self.request.form.get("client_id")
         if named not in (None, client.get_client_id()):
             raise InvalidGrantError("The refresh token belongs to another client.")
-        events.caller_is(client.row.id, client.row.client_id)
+        events.set_caller(client.row.id, client.row.client_id)
         self.request.client = client
         self.scope = self._narrowed_scope()
         client.audiences = self._narrowed_audiences()

@@ -257,17 +257,17 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
 
 
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    lives = keys.lives(connection.execute(keys.NEWEST_FIRST).all())
-    if not lives:
+    found = keys.states(connection.execute(keys.NEWEST_FIRST).all())
+    if not found:
         yield Finding(FAIL, "keys", "There is no signing key: start the server, or import an instance.")
         return
-    signing = next(key for key in lives if key.state in ("signing", "gone"))
+    signing = next(key for key in found if key.state in ("signing", "gone"))
     age = now() - signing.signs_from
     told = f"{signing.alg} key {signing.kid[:8]}… signs since {rfc3339(signing.signs_from)}"
-    coming = [key for key in lives if key.state == "published"]
+    coming = [key for key in found if key.state == "published"]
     if coming:
         yield Finding(OK, "keys", f"{told}; the next one from {rfc3339(coming[0].signs_from)}.")
-    elif lives[0].alg != settings.signing_alg:
+    elif found[0].alg != settings.signing_alg:
         yield Finding(WARN, "keys", f"{told}; the next start makes one for {settings.signing_alg}.")
     elif age > KEY_AGE:
         yield Finding(WARN, "keys", f"{told}, {age.days} days: ./lanyard keys rotate")
