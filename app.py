@@ -38,7 +38,7 @@ import tally
 import vault
 import webhooks
 from config import HERE, VERSION, SettingError, Settings
-from wire import MAX_BODY, Blueprint, Problem
+from wire import MAX_BODY, Blueprint, Problem, read_body
 
 log = logging.getLogger("lanyard")
 
@@ -73,6 +73,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     journal.init_app(app, settings)
     events.init_app(app)
     headers.init_app(app, settings)
+    app.before_request(read_body)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     vault.init_app(app, settings)
     prepared.init_app(app)
@@ -173,6 +174,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(DBAPIError, _answer_database_error)
+    app.register_error_handler(sa.exc.TimeoutError, _answer_database_error)  # of the connection pool
     app.register_error_handler(SettingError, _answer_setting_error)
     app.register_error_handler(Exception, _answer_crash)
 
@@ -197,7 +199,7 @@ def _answer_http_error(error: HTTPException) -> Response:
     return _answer_problem(Problem(code, name, text, headers=told))
 
 
-def _answer_database_error(error: DBAPIError) -> Response:
+def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> Response:
     if not database.may_pass(error):
         return _answer_crash(error)
     log.error("The database does not answer: %s.", complaints.sentence(error))

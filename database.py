@@ -19,6 +19,9 @@ import upgrade
 from config import Settings
 from models import db
 
+POOL_SIZE = 10  # connections of one process; a request holds one for milliseconds
+POOL_TIMEOUT = 5  # seconds a request waits for one
+
 
 def ways(settings: Settings) -> ModuleType:
     """The module that knows the ways of the database in use."""
@@ -84,9 +87,9 @@ def init_database(
     its = ways(settings)
     app.config["SQLALCHEMY_DATABASE_URI"] = its.url(settings)
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-        # One of these for each thread, never more: gunicorn's threads are what bounds them.
-        "pool_size": settings.threads,
-        "max_overflow": -1,
+        "pool_size": POOL_SIZE,
+        "max_overflow": 0,
+        "pool_timeout": POOL_TIMEOUT,
         # Parameters hold hashes and tokens' hashes; errors that reach the log must not.
         "hide_parameters": True,
         **its.engine_options(settings, serving),

@@ -33,17 +33,6 @@ def init_app(app: Flask, settings: Settings) -> None:
         app.after_request(_let_pages_read)
 
 
-def of_refusal(app: Flask, origin: str | None) -> dict[str, str]:
-    """What an answer carries that the app does not give, to a request that names `origin`, if it was read."""
-    origins = app.config["LANYARD"].cors_origins
-    if not origins:
-        return EVERYWHERE
-    told = {**EVERYWHERE, "Vary": "Origin"}
-    if origin and origin in origins:
-        told |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": _EXPOSED}
-    return told
-
-
 def _dress(response: Response) -> Response:
     headers = response.headers
     for name, value in EVERYWHERE.items():

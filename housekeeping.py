@@ -13,7 +13,6 @@ from flask import Flask, Response
 from sqlalchemy.exc import DBAPIError
 
 import clock
-import waiting
 from config import settings
 from database import may_pass, writing
 from models import Base, Event, Webhook, db
@@ -125,7 +124,6 @@ class _Due:
 
 def _sweep_in(app: Flask, due: _Due) -> None:
     more = False
-    waiting.step_aside()
     try:
         with app.app_context():
             more = sweep()

@@ -17,7 +17,6 @@ from joserfc.jws import JWSRegistry
 import clock
 import events
 import vault
-import waiting
 from config import DAY, settings
 from models import SigningKey, db
 from prepared import Prepared
@@ -210,7 +209,6 @@ def _add_key(alg: str, signs_from: datetime) -> str:
 
 
 def _generate(alg: str) -> Key:
-    waiting.step_aside()
     if alg == "ES256":
         return ECKey.generate_key("P-256")
     if alg == "EdDSA":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,18 +14,13 @@ import sqlalchemy as sa
 from flask import Flask
 
 import complaints
-import waiting
 from config import SettingError, Settings
 
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
-ANSWER_TIMEOUT = (
-    15.0  # seconds a server waits for an answer (gunicorn ends a worker that stands still for 30)
-)
+ANSWER_TIMEOUT = 15.0  # seconds a server waits for an answer
 SHORT_ANSWER_TIMEOUT = 1.0  # the same from then on, until one comes
-PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
-FAR = 0.0004  # seconds that the way to the server and back takes, from which on a thread lets another answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
 _OURS = 0x4C616E79  # "Lany"
@@ -97,12 +91,7 @@ def make_ready(driver: Any) -> None:
 
 
 def is_good(driver: Any, info: dict[Any, Any]) -> bool:
-    """Whether the server has not closed the connection since it was used, as a restarted one has.
-
-    Ask before each use: when the server is far away, this lets another thread answer from here on.
-    """
-    if info["is_far"]:
-        waiting.step_aside()
+    """Whether the server has not closed the connection since it was used, as a restarted one has."""
     if driver.closed:
         return False
     # Nothing was asked: whatever there is to read is a good-bye.
@@ -247,7 +236,6 @@ def _bound_its_waits(driver: Any, record: Any) -> None:
 
 
 def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:
-    waiting.step_aside()
     was_silent = _is_silent.is_set()
     # One is enough to see whether it answers again.
     if was_silent and not _one_tries.acquire(blocking=False):
@@ -262,11 +250,14 @@ def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str,
             _one_tries.release()
 
 
-def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None = None) -> Any:
-    """The driver's own, which waits for the server's answer: but not for ever, and not in others' way."""
+def _wait(driver: Any, steps: Any, **options: Any) -> Any:
+    """Wait for the server's answer as the driver does, but not for ever.
+
+    :raises psycopg.errors._WaitTimeout: when there is none in time.
+    """
     seconds = SHORT_ANSWER_TIMEOUT if _is_silent.is_set() else ANSWER_TIMEOUT
     try:
-        answer = type(driver).wait(driver, _stepping_aside(steps), PROMPT, seconds)
+        answer = type(driver).wait(driver, steps, **options | {"timeout": seconds})
     except Exception as error:
         if type(error).__name__ == _NO_ANSWER:
             _is_silent.set()
@@ -274,19 +265,6 @@ def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None 
         raise
     _is_silent.clear()
     return answer
-
-
-def _stepping_aside(steps: Any) -> Any:
-    """What the driver waits for, step by step; it is told nothing when it has waited a while for one."""
-    try:
-        state = next(steps)
-        while True:
-            ready = yield state
-            if not ready:
-                waiting.step_aside()
-            state = steps.send(ready)
-    except StopIteration as end:
-        return end.value
 
 
 def _roll_back(dialect: sa.Dialect, driver: Any) -> None:
@@ -302,22 +280,11 @@ def _on_connect(dialect: sa.Dialect, serving: bool, driver: Any, record: Any) ->
     if serving:
         driver.wait = partial(_wait, driver)
     with complaints.as_sqlalchemys(dialect):
-        record.info["is_far"] = min(_prepare(driver)) > FAR
-
-
-def _prepare(driver: Any) -> list[float]:
-    """Set up a connection; returns the seconds that each step took."""
-    # Whatever the database's own defaults are: begin_writing relies on the latter.
-    took = []
-    for statement in (
-        f"{_KEEPALIVES}; SET lock_timeout = {LOCK_TIMEOUT}",
-        "SET default_transaction_isolation = 'read committed'",
-        "COMMIT",
-    ):
-        began = time.perf_counter()
-        driver.execute(statement)
-        took.append(time.perf_counter() - began)
-    return took
+        # Whatever the database's own defaults are: begin_writing relies on the latter.
+        driver.execute(
+            f"{_KEEPALIVES}; SET lock_timeout = {LOCK_TIMEOUT};"
+            " SET default_transaction_isolation = 'read committed'; COMMIT"
+        )
 
 
 def _on_checkout(driver: Any, record: Any, proxy: Any) -> None:

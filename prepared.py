@@ -7,7 +7,6 @@ the time (README, Performance). Management takes the session.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import make_dataclass
@@ -40,7 +39,8 @@ class Prepared:
 
     def first(self, **values: Any) -> Any:
         """The first row, its columns as attributes, or None: a read that is over when this returns."""
-        return self.run(_kept().link, **values)
+        with _borrowed() as kept:
+            return self.run(kept.link, **values)
 
     def run(self, link: Link, **values: Any) -> Any:
         """The same in the caller's transaction."""
@@ -107,7 +107,7 @@ def _impl(expression: Any, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
 
 
 class _Kept:
-    """A connection that a thread keeps, opened as the engine opens its own."""
+    """A connection that is kept, opened as the engine opens its own."""
 
     def __init__(self) -> None:
         self.process: int | None = None  # none as long as there is no connection to close
@@ -132,8 +132,8 @@ class _Kept:
 
 
 def init_app(app: Flask) -> None:
-    """Let each thread of the app keep a connection: borrowing one costs as much as the statement."""
-    app.extensions[_EXTENSION] = threading.local()
+    """Let the app keep connections: borrowing one of the engine's costs as much as the statement."""
+    app.extensions[_EXTENSION] = []
 
 
 @contextmanager
@@ -145,26 +145,30 @@ def writing(*, durable: bool) -> Iterator[Link]:
 
     :param durable: fsync at the commit; without, a power cut or a crash of PostgreSQL may undo it.
     """
-    kept = _kept()
-    link = kept.link
-    try:
-        # In here too: where the lock was not had, PostgreSQL's transaction has begun, and must end.
-        database.begin_writing(
-            link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False
-        )
-        yield link
-        with complaints.as_sqlalchemys(link.dialect):
-            link.driver.commit()
-    except BaseException:
-        with suppress(link.dialect.loaded_dbapi.Error):  # the first error is the one to tell
-            link.driver.rollback()
-        raise
+    with _borrowed() as kept:
+        link = kept.link
+        try:
+            # In here too: where the lock was not had, PostgreSQL's transaction has begun, and must end.
+            database.begin_writing(
+                link.dialect, link.driver, kept.info, durable=durable, patient=True, alone=False
+            )
+            yield link
+            with complaints.as_sqlalchemys(link.dialect):
+                link.driver.commit()
+        except BaseException:
+            with suppress(link.dialect.loaded_dbapi.Error):  # the first error is the one to tell
+                link.driver.rollback()
+            raise
 
 
-def _kept() -> _Kept:
-    """This thread's connection."""
-    mine = current_app.extensions[_EXTENSION]
-    kept: _Kept | None = getattr(mine, "kept", None)
+@contextmanager
+def _borrowed() -> Iterator[_Kept]:
+    """A connection that nobody else uses meanwhile."""
+    free: list[_Kept] = current_app.extensions[_EXTENSION]
+    kept = free.pop() if free else None
     if kept is None or not kept.is_good():
-        kept = mine.kept = _Kept()
-    return kept
+        kept = _Kept()
+    try:
+        yield kept
+    finally:
+        free.append(kept)

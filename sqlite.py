@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from flask import Flask
+from gevent import monkey
 
-import waiting
 from config import Settings
 from files import give_to_owner_of
 
@@ -34,13 +34,16 @@ BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
-PROMPT = 0.005  # seconds after which a thread that waits for the lock lets another one answer
+PROMPT = 0.005  # seconds a request waits for the lock before it lets others of the process go on
 SHORTEST_SLEEP = 0.0001  # seconds
 LONGEST_SLEEP = 0.005  # seconds: who looked ever more seldom would starve beside those who have just come
+
+_native_sleep = monkey.get_original("time", "sleep")
 
 # Set when a transaction has waited in vain, until one gets the lock: meanwhile none of this process
 # waits long, or every thread would, and nobody's reads or health checks were answered.
 _is_stuck = threading.Event()
+_turn = threading.Lock()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -109,8 +112,10 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
     """BEGIN IMMEDIATE as soon as the lock is free.
 
     SQLite's own waiting sleeps for a millisecond and more, in which another could have written five times.
+    Its lock knows no queue: within a process the requests take turns, or late ones would starve early ones.
     """
     started = time.monotonic()
+    has_turn = _turn.acquire(timeout=seconds)
     driver.execute("PRAGMA busy_timeout = 0")
     try:
         while True:
@@ -121,10 +126,12 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
                 waited = time.monotonic() - started
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > seconds:
                     raise
-            if waited > PROMPT:
-                waiting.step_aside()
-            time.sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
+            # Another process has the lock, most likely for less than a millisecond.
+            sleep = _native_sleep if waited < PROMPT else time.sleep
+            sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
     finally:
+        if has_turn:
+            _turn.release()
         driver.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
 

@@ -156,11 +156,6 @@ def tally() -> Tally:
     return found
 
 
-def count_refusal(app: Flask, status: int) -> None:
-    """Count a request that was answered before the app saw it: it has no route, and took the app no time."""
-    app.extensions[_EXTENSION].time_request(*UNMATCHED, f"{status // 100}xx", 0.0)
-
-
 def count_failure(reason: str) -> None:
     """Count a failed authentication, one of FAILURES; of a request, only the first that it runs into."""
     if has_request_context() and not g.get("has_failed"):

@@ -15,7 +15,6 @@ import credentials
 import events
 import schemas
 import vault
-import waiting
 import wall
 from config import settings
 from database import newest_page, writing
@@ -183,7 +182,6 @@ def _check_url(fields: dict[str, Any]) -> None:
     try:
         target = wall.parse(fields["url"], allow_private=allow_private)
         if not allow_private:
-            waiting.step_aside()
             wall.resolve(target, allow_private=False)
     except wall.Refused as refusal:
         raise Problem(400, "invalid_request", f"'url': {refusal}", fields={"url": [str(refusal)]}) from None
