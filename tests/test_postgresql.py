@@ -261,6 +261,7 @@ def test_after_a_lock_was_not_had_the_thread_goes_on(
 ) -> None:
     agent = operator.create()
     monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 200)
+    app.extensions["lanyard.prepared"].clear()  # connections opened with the longer timeout
     client = app.test_client()
 
     def ask_twice() -> list[int]:
@@ -283,6 +284,7 @@ def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
 ) -> None:
     agent = operator.create()
     monkeypatch.setattr(postgresql, "LOCK_TIMEOUT", 2000)
+    app.extensions["lanyard.prepared"].clear()  # connections opened with the longer timeout
     took = []
     with app.app_context(), writing():
         for _ in range(3):
