@@ -32,7 +32,7 @@ from models import NEWEST_KEY, DecryptionError, db
 from ops import access_log, cleanup, metrics
 from storage import postgresql
 from webhooks import routes as webhooks
-from wire import MAX_BODY, Blueprint, Problem
+from wire import MAX_BODY, Blueprint, Problem, read_body
 
 log = logging.getLogger("lanyard")
 
@@ -93,6 +93,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     access_log.init_app(app, settings)
     events.init_app(app)
     _init_headers(app, settings)
+    app.before_request(read_body)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)
@@ -248,6 +249,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(DBAPIError, _answer_database_error)
+    app.register_error_handler(sa.exc.TimeoutError, _answer_database_error)  # of the connection pool
     app.register_error_handler(DecryptionError, _answer_decryption_error)
     app.register_error_handler(Exception, _answer_crash)
 
@@ -272,7 +274,7 @@ def _answer_http_error(error: HTTPException) -> Response:
     return _answer_problem(Problem(code, name, text, headers=told))
 
 
-def _answer_database_error(error: DBAPIError) -> Response:
+def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> Response:
     if not database.is_transient(error):
         return _answer_crash(error)
     log.error("The database does not answer: %s.", database.error_text(error))

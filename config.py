@@ -55,7 +55,6 @@ class Settings:
     signing_alg: str
     bcrypt_cost: int
     workers: int
-    threads: int
     trusted_proxies: int
     event_retention_days: int
     webhook_allow_private: bool
@@ -87,7 +86,6 @@ class Settings:
             signing_alg=_one_of(env, "SIGNING_ALG", ("RS256", "ES256", "EdDSA")),
             bcrypt_cost=_whole(env, "BCRYPT_COST", 10, 4, 16),
             workers=_whole(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
-            threads=_whole(env, "THREADS", 4, 1, 64),
             trusted_proxies=proxies,
             event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 7, 3650),
             webhook_allow_private=_flag(env, "WEBHOOK_ALLOW_PRIVATE", default=local),

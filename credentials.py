@@ -12,7 +12,8 @@ import threading
 import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from string import ascii_letters, digits
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import bcrypt
 import sqlalchemy as sa
 from flask import Flask, request
+from gevent import monkey, threadpool
 from joserfc.errors import UnsupportedAlgorithmError
 from joserfc.jws import JWSRegistry
 from sqlalchemy import bindparam
@@ -139,9 +141,17 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(digest(one), digest(other))
 
 
-def _yield_to_others() -> None:
+def _native_thread() -> Executor:
+    """Return an executor of one native thread, also where gevent makes greenlets of Python's threads."""
+    is_patched = monkey.is_module_patched("threading")
+    return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
+
+
+def _at_low_priority(work: Callable[..., Any], *arguments: bytes) -> Any:
+    """Run bcrypt so that the kernel prefers all other threads: most requests need no bcrypt."""
     with suppress(OSError):  # only Linux has priorities for threads
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    return work(*arguments)
 
 
 def _checksum(body: str) -> str:
@@ -168,9 +178,8 @@ class SecretChecker:
         self._verified: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        # One hash at a time, in a thread that yields to all others: bcrypt takes tens of milliseconds
-        # of a core, which most requests need none of.
-        self._thread = ThreadPoolExecutor(1, "bcrypt", initializer=_yield_to_others)
+        # One hash at a time: bcrypt takes tens of milliseconds of a core.
+        self._thread = _native_thread()
         # A hash nothing matches, checked for unknown clients so that they cost what known ones do.
         self._decoy = bcrypt.gensalt(cost) + b"." * 31
 
@@ -180,7 +189,8 @@ class SecretChecker:
         body = f"cs_{hint}{secrets.token_urlsafe(32)}"
         text = body + _checksum(body)
         salt = bcrypt.gensalt(self._cost)
-        return NewSecret(text, hint, self._thread.submit(bcrypt.hashpw, text.encode(), salt).result())
+        hashed = self._thread.submit(_at_low_priority, bcrypt.hashpw, text.encode(), salt).result()
+        return NewSecret(text, hint, hashed)
 
     def remembers(self, secret: str, stored: bytes | None) -> bool:
         """Whether `secret` matched the hash `stored` before, in this process."""
@@ -198,7 +208,9 @@ class SecretChecker:
         if not self._turn.acquire(blocking=stored is not None):
             raise Busy
         try:
-            matches = self._thread.submit(bcrypt.checkpw, secret.encode(), stored or self._decoy).result()
+            hashed = stored or self._decoy
+            running = self._thread.submit(_at_low_priority, bcrypt.checkpw, secret.encode(), hashed)
+            matches: bool = running.result()
         finally:
             self._turn.release()
         if matches and stored is not None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, g
 from sqlalchemy.orm import InstrumentedAttribute
 
 from config import Settings, settings, state
@@ -28,6 +28,9 @@ _ENCRYPTED = [
     if isinstance(column.type, EncryptedText)
 ]
 
+POOL_SIZE = 10  # connections of one process; a request holds one for milliseconds
+POOL_TIMEOUT = 5  # seconds a request waits for one
+
 
 def backend(settings: Settings) -> ModuleType:
     """Return the module for the kind of database in use: `sqlite` or `postgresql`."""
@@ -36,7 +39,14 @@ def backend(settings: Settings) -> ModuleType:
 
 @contextmanager
 def reading() -> Iterator[sa.Connection]:
-    """Lend a pooled connection on which every statement sees what is committed when it starts."""
+    """Lend a pooled connection on which every statement sees what is committed when it starts.
+
+    Inside `writing` it is that transaction's connection: a second one might have to wait for those that
+    wait for the write lock.
+    """
+    if "writing" in g:
+        yield g.writing
+        return
     with db.engine.connect() as connection:
         yield connection
 
@@ -57,7 +67,11 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
     its = sqlite if db.engine.dialect.name == "sqlite" else postgresql
     with db.engine.connect() as connection, connection.begin():
         its.begin_writing(connection, durable=durable, patient=patient, exclusive=exclusive)
-        yield connection
+        g.writing = connection
+        try:
+            yield connection
+        finally:
+            del g.writing
 
 
 def newest_page(
@@ -90,7 +104,9 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, prepare: Cal
     app.config["SQLALCHEMY_DATABASE_URI"] = its.url(settings)
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
         "isolation_level": "AUTOCOMMIT",  # `writing` begins its transactions itself
-        "max_overflow": -1,
+        "pool_size": POOL_SIZE,
+        "max_overflow": 0,
+        "pool_timeout": POOL_TIMEOUT,
         # Parameters hold hashes of secrets; errors that reach the log must not.
         "hide_parameters": True,
         **its.engine_options(settings, serving),

@@ -1,5 +1,11 @@
-"""How gunicorn serves Lanyard. It reads the same LANYARD_* settings as the app."""
+"""gunicorn's configuration. It reads the same LANYARD_* settings as the app."""
 
+# Before every other import: what is imported later waits without blocking the worker's other requests.
+from gevent import monkey
+
+monkey.patch_all()
+
+import errno
 import gc
 import os
 import resource
@@ -7,11 +13,13 @@ import socket
 import sys
 from typing import Any
 
+import gevent
+
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from ops import metrics_files
 
-metrics_files.share()  # before anything else is imported that makes a metric
+metrics_files.share()  # before anything is imported that makes a metric
 
 import auth
 from config import SettingError, Settings, unknown_names
@@ -24,26 +32,30 @@ except SettingError as error:
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers
-worker_class = "worker.Worker"
-threads = settings.threads
-# The app is built once, before the workers: they share its memory, and start at once.
+worker_class = "gevent"
+worker_connections = 10_000
+# Seconds that a connection may be idle, and that a request's head may take. Longer than proxies and clients
+# keep theirs (nginx 60, Go 90): on a connection that the server closes first, a request fails now and then.
+keepalive = 95
+# Seconds for a request's body, its work and the client's reading of the response.
+REQUEST_TIMEOUT = 60
+# Build the app once, before the fork: workers share its memory and start at once.
 preload_app = True
-# Lanyard itself decides, by LANYARD_TRUSTED_PROXIES, what to believe of forwarding headers.
+# The app itself decides which forwarding headers to trust (LANYARD_TRUSTED_PROXIES).
 forwarded_allow_ips = ""
 control_socket_disable = True
 umask = 0o077
-# An access token of the largest agent there may be: 64 scopes of 128 characters, 16 audiences.
+# The largest access token: 64 scopes of 128 characters, 16 audiences.
 limit_request_field_size = 20_000
 graceful_timeout = 10
 loglevel = "warning"
-# For --access-logfile: a query, a path, a referer or a user name may be a credential put there by mistake.
-# LANYARD_ACCESS_LOG tells the routes and who called.
+# For --access-logfile: no path, query, referer or user name, which may hold a credential by mistake.
+# LANYARD_ACCESS_LOG logs routes and callers.
 access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
 
 
 def on_starting(server: Any) -> None:
-    """Refuse an address that is taken, or that the command line gave against local mode."""
-    # Connections are files: as many as there may be.
+    """Raise the limit of open files; refuse a taken address, and one that local mode must not bind."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     addresses = server.cfg.address
@@ -52,7 +64,7 @@ def on_starting(server: Any) -> None:
             "Lanyard will not start: LANYARD_LOCAL=1 opens the management API, so it binds 127.0.0.1 only."
         )
 
-    # A successor that takes over open sockets (USR2, socket activation) binds nothing.
+    # A server that inherits open sockets (USR2, socket activation) binds nothing.
     if not {"GUNICORN_FD", "LISTEN_FDS"} & set(os.environ):
         for address in addresses:
             _check_free(address)
@@ -65,7 +77,7 @@ def _check_free(address: Any) -> None:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Bound, but not listening: a client that came now would be let in and cut off.
+            # Bind without listening: no client can connect to the probe.
             probe.bind((host, port))
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
@@ -76,8 +88,8 @@ def _check_free(address: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
-    """Say where it listens, who may manage agents, and what to try first."""
-    # What is there now stays: no worker need look through it for rubbish, or copy its pages by looking.
+    """Print where the server listens, who may manage agents, and a first command to try."""
+    # Exempt the app from garbage collection, which would make each worker copy the pages it looks at.
     gc.collect()
     gc.freeze()
     url = ", ".join(str(socket) for socket in server.LISTENERS)
@@ -88,16 +100,38 @@ def when_ready(server: Any) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def pre_request(worker: Any, request: Any) -> None:
-    """Nothing; gunicorn's own writes every path to the debug log, with whatever was put there by mistake."""
-
-
 def post_worker_init(worker: Any) -> None:
-    """Start this worker's deliverer; one of them all delivers, the others stand by."""
+    """Start the worker's webhook delivery; among all workers one delivers, the others stand by."""
+    worker.in_progress = 0
+    gevent.spawn(_exit_when_idle, worker)
     if "LANYARD" not in worker.app.wsgi().config:
         return  # the benchmark's empty app
     worker.deliverer = Deliverer(worker.app.wsgi())
     worker.deliverer.start()
+
+
+def pre_request(worker: Any, request: Any) -> None:
+    """Bound the request's time. (gunicorn's own hook logs paths, which may hold a credential.)"""
+    worker.in_progress += 1
+    reset = ConnectionResetError(errno.ECONNRESET, "The request took too long.")
+    request.timeout = gevent.Timeout.start_new(REQUEST_TIMEOUT, reset)
+
+
+def post_request(worker: Any, request: Any, environ: Any, response: Any) -> None:
+    """Let the other connections go on: one with many requests waiting would keep the worker to itself."""
+    worker.in_progress -= 1
+    request.timeout.close()
+    gevent.sleep(0)
+
+
+def _exit_when_idle(worker: Any) -> None:
+    """Exit soon after SIGTERM: gunicorn would wait for idle connections until its graceful timeout."""
+    while worker.alive:
+        gevent.sleep(0.1)
+    gevent.sleep(2)  # gunicorn closes its listeners within a second; answer what was sent by then
+    while worker.in_progress:
+        gevent.sleep(0.1)
+    sys.exit(0)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -24,7 +24,7 @@ import events
 import introspection
 import tokens
 from config import Settings, settings, state
-from wire import Blueprint, is_text, parse_json, read_body
+from wire import Blueprint, is_text, parse_json
 
 # Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
 _PARAMETERS = (
@@ -255,7 +255,7 @@ def _resources(request: OAuth2Request) -> list[str]:
 
 def _pairs(flask_request: Request) -> list[tuple[str, Any]]:
     """The body as names and values, from either content type."""
-    raw = read_body(flask_request)
+    raw = flask_request.get_data()
     try:
         if flask_request.mimetype == "application/x-www-form-urlencoded":
             return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)

@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 
 import flask_smorest
 import marshmallow
-from flask import Request
-from gunicorn.http.errors import ParseException
+from flask import Request, request
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import Authorization
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 MAX_BODY = 64 * 1024  # bytes
 
@@ -39,21 +38,30 @@ class Problem(Exception):
         self.headers = headers or {}
 
 
-def read_body(req: Request) -> bytes:
-    """The body, refused when it is too large however it is sent.
+def read_body() -> None:
+    """Read a request's body before anything is done with the request, also where a route ignores bodies.
 
     werkzeug cuts a chunked body at MAX_CONTENT_LENGTH without a word: the app sets that one higher.
+
+    :raises Problem: 400, when the body did not arrive whole.
+    :raises RequestEntityTooLarge: when it is longer than MAX_BODY.
     """
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    length = request.content_length
+    if length is not None and length > MAX_BODY:
+        raise RequestEntityTooLarge
     try:
-        raw = req.get_data()
-    except ParseException:
-        raise Problem(400, "invalid_request", "The body's chunks cannot be told apart.") from None
+        raw = request.get_data()
+    except HTTPException:
+        raise
+    except Exception:  # the server's parser has its own exceptions for malformed chunks and trailers
+        raise Problem(400, "invalid_request", "The body is not framed as HTTP/1.1 requires.") from None
     if len(raw) > MAX_BODY:
         raise RequestEntityTooLarge
     # A body cut short could mean something else: rotate at once, instead of with a grace period.
-    if req.content_length is not None and len(raw) < req.content_length:
+    if length is not None and len(raw) < length:
         raise Problem(400, "invalid_request", "The body is shorter than its Content-Length.")
-    return raw
 
 
 def parse_json(raw: bytes) -> Any:
@@ -115,7 +123,7 @@ class Parser(FlaskParser):
         """The body as JSON; an absent body is an empty object."""
         if req.args:
             raise Problem(400, "invalid_request", "Send the fields in the body, not in the URL.")
-        raw = read_body(req)
+        raw = req.get_data()
         if not raw:
             return {}
         if req.mimetype != "application/json":

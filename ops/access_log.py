@@ -53,12 +53,6 @@ def init_app(app: Flask, settings: Settings) -> None:
     app.after_request(_write_down)
 
 
-def write_refusal(address: str | None, status: int, size: int, request_id: str) -> None:
-    """A line for what was refused before it was a request: nothing it sent is known to be harmless."""
-    if _lines.handlers:
-        _write(request_id=request_id, address=address, status=status, bytes=size)
-
-
 def _start() -> None:
     g.started = time.perf_counter()
 

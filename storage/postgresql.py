@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from flask import Flask
 
-import waiting
-
 if TYPE_CHECKING:
     from config import Settings
 
 LOCK_TIMEOUT = 5000  # milliseconds a transaction waits for another's lock
 SHORT_TIMEOUT = 250  # the same for one that can as well come later
 CONNECT_TIMEOUT = 5  # seconds
-ANSWER_TIMEOUT = (
-    15.0  # seconds a server waits for an answer (gunicorn ends a worker that stands still for 30)
-)
+ANSWER_TIMEOUT = 15.0  # seconds a server waits for an answer
 SHORT_ANSWER_TIMEOUT = 1.0  # the same from then on, until one comes
-PROMPT = 0.005  # seconds after which a thread that waits for an answer lets another one answer
 
 # Advisory locks are numbers that a database's clients agree on: these have the same first half.
 _OURS = 0x4C616E79  # "Lany"
@@ -237,7 +232,6 @@ def _bound_its_waits(driver: Any, record: Any) -> None:
 
 
 def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> Any:
-    waiting.step_aside()
     was_silent = _is_silent.is_set()
     # One is enough to see whether it answers again.
     if was_silent and not _one_tries.acquire(blocking=False):
@@ -252,11 +246,14 @@ def _on_do_connect(dialect: Any, record: Any, arguments: Any, options: dict[str,
             _one_tries.release()
 
 
-def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None = None) -> Any:
-    """The driver's own, which waits for the server's answer: but not for ever, and not in others' way."""
+def _wait(driver: Any, steps: Any, **options: Any) -> Any:
+    """Wait for the server's answer as the driver does, but not for ever.
+
+    :raises psycopg.errors._WaitTimeout: when there is none in time.
+    """
     seconds = SHORT_ANSWER_TIMEOUT if _is_silent.is_set() else ANSWER_TIMEOUT
     try:
-        answer = type(driver).wait(driver, _stepping_aside(steps), PROMPT, seconds)
+        answer = type(driver).wait(driver, steps, **options | {"timeout": seconds})
     except Exception as error:
         if type(error).__name__ == _NO_ANSWER:
             _is_silent.set()
@@ -264,19 +261,6 @@ def _wait(driver: Any, steps: Any, interval: float = 0.0, timeout: float | None 
         raise
     _is_silent.clear()
     return answer
-
-
-def _stepping_aside(steps: Any) -> Any:
-    """What the driver waits for, step by step; it is told nothing when it has waited a while for one."""
-    try:
-        state = next(steps)
-        while True:
-            ready = yield state
-            if not ready:
-                waiting.step_aside()
-            state = steps.send(ready)
-    except StopIteration as end:
-        return end.value
 
 
 def _roll_back(dialect: sa.Dialect, driver: Any) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from flask import Flask
+from gevent import monkey
 
 from storage.files import give_to_owner_of
 
@@ -35,12 +36,16 @@ BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
+PROMPT = 0.005  # seconds a request waits for the lock before it lets others of the process go on
 SHORTEST_SLEEP = 0.0001  # seconds
 LONGEST_SLEEP = 0.005  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
+
+_native_sleep = monkey.get_original("time", "sleep")
 
 # Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
 # process wait briefly, or all of its requests would queue up behind the lock.
 _is_stuck = threading.Event()
+_turn = threading.Lock()
 
 
 def url(settings: Settings) -> sa.URL:
@@ -90,12 +95,14 @@ def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
     """BEGIN IMMEDIATE as soon as the lock is free.
 
     SQLite's own busy timeout would block every other request of this process, and sleeps for a millisecond
-    and more, in which another process could have written five times.
+    and more, in which another process could have written five times. Its lock has no queue: within a
+    process the requests take turns, or early ones would starve.
 
     :raises sa.exc.OperationalError: when it is not free within so many seconds.
     """
     driver: Any = connection.connection.dbapi_connection
     started = time.monotonic()
+    has_turn = _turn.acquire(timeout=seconds)
     driver.execute("PRAGMA busy_timeout = 0")
     try:
         while (waited := time.monotonic() - started) < seconds:
@@ -105,10 +112,14 @@ def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     break
-            time.sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
+            # Another process has the lock, most likely for less than a millisecond.
+            sleep = _native_sleep if waited < PROMPT else time.sleep
+            sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
         # The last attempt's error, as SQLAlchemy raises it.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:
+        if has_turn:
+            _turn.release()
         driver.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT * 1000)}")
 
 

@@ -33,7 +33,6 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         SIGNING_ALG="ES256",
         BCRYPT_COST="12",
         WORKERS="3",
-        THREADS="5",
         TRUSTED_PROXIES="1",
         EVENT_RETENTION_DAYS="30",
         CORS_ORIGINS="https://app.example.com, http://localhost:3000",
@@ -47,12 +46,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     assert settings.cors_origins == ("https://app.example.com", "http://localhost:3000")
     assert settings.access_log
     assert (settings.access_token_ttl, settings.refresh_token_ttl, settings.signing_alg) == (60, 120, "ES256")
-    assert (settings.bcrypt_cost, settings.workers, settings.threads, settings.trusted_proxies) == (
-        12,
-        3,
-        5,
-        1,
-    )
+    assert (settings.bcrypt_cost, settings.workers, settings.trusted_proxies) == (12, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +76,6 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         ("SIGNING_ALG", "HS256"),
         ("BCRYPT_COST", "3"),
         ("WORKERS", "1.5"),
-        ("THREADS", "0"),
         ("TRUSTED_PROXIES", "many"),
         ("DATABASE_URL", "postgresql://localhost"),
         ("DATABASE_URL", "postgresql+psycopg://localhost:5432x/lanyard"),
