@@ -71,14 +71,12 @@ def init_database(
     *,
     serving: bool,
     fill: Callable[[bool], None],
-    may_change: bool | None = None,
 ) -> None:
     """Bind the app to its database, and make its tables on the first start.
 
-    :param serving: a server starts.
+    :param serving: a server starts; no command changes the schema.
     :param fill: called once the tables are there, inside a write transaction, with whether this is a
         server that starts while no other runs.
-    :param may_change: whether the schema may be changed; unless it says, a server alone may.
     :raises SettingError: when the schema is not this code's and cannot be made so.
     """
     its = ways(settings)
@@ -100,8 +98,7 @@ def init_database(
             if serving:
                 its.mark_serving(app, settings)
             its.open_database(settings)
-            may_change = serving if may_change is None else may_change
-            upgrade.bring_up_to_date(db.engine, settings, may_change=may_change)
+            upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
             with writing():
                 fill(is_first)
         # gunicorn forks after this: no connection may cross the fork.

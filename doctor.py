@@ -21,6 +21,7 @@ import complaints
 import keys
 import postgresql
 import sqlite
+import upgrade
 import vault
 import wall
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
@@ -177,11 +178,16 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
         yield Finding(FAIL, "database", f"There is no {file}: start the server once, or restore a backup.")
         return
     try:
-        backup.check(file, str(file))
+        schema = backup.check(file, str(file))
     except backup.BackupError as error:
         yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
         return
     yield Finding(OK, "database", f"{file} is sound.")
+    if schema != (newest := upgrade.revisions()[-1]):
+        yield Finding(
+            WARN, "database", f"It has schema {schema}: start the server once, for schema {newest}."
+        )
+        return
     engine = sa.create_engine("sqlite://", creator=lambda: sqlite.open_read_only(file), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
@@ -202,7 +208,9 @@ def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
             yield Finding(OK, "server", told)
             yield from _look_at_promises(connection)
             if not sa.inspect(connection).has_table(Agent.__tablename__):
-                yield Finding(FAIL, "database", f"{name} has no tables yet: start a server, or import.")
+                yield Finding(
+                    FAIL, "database", f"{name} has no tables yet: start a server, or restore a backup."
+                )
                 return
             yield from _look_at_rows(connection, settings)
     except sa.exc.DBAPIError as error:
@@ -263,7 +271,7 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     lives = keys.lives(connection.execute(keys.NEWEST_FIRST).all())
     if not lives:
-        yield Finding(FAIL, "keys", "There is no signing key: start the server, or import an instance.")
+        yield Finding(FAIL, "keys", "There is no signing key: start the server, or restore a backup.")
         return
     signing = next(key for key in lives if key.state in ("signing", "gone"))
     age = clock.now() - signing.signs_from

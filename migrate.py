@@ -24,17 +24,18 @@ def run(settings: Settings, folder: Path, newest: str | None) -> Path | None:
     :raises Exception: whatever a revision raises; the database is then as it was.
     """
     if settings.uses_sqlite:
-        return _run_on_sqlite(settings.database_file, folder, newest)
+        return run_on_file(settings.database_file, folder, newest)
     options = postgresql.engine_options(settings, serving=False)
     engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool, hide_parameters=True, **options)
     with engine.begin() as connection:
         # An older server that still runs is in the way: better to say so than to wait for its end.
         connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
-        _upgrade(connection, folder)
+        run_revisions(connection, folder)
     return None
 
 
-def _run_on_sqlite(database: Path, folder: Path, newest: str | None) -> Path | None:
+def run_on_file(database: Path, folder: Path, newest: str | None = None) -> Path | None:
+    """Do the same with a SQLite file."""
     copy = database.with_name(f"{database.name}.before-{newest}") if newest else None
     engine = sa.create_engine(
         "sqlite://",
@@ -46,13 +47,14 @@ def _run_on_sqlite(database: Path, folder: Path, newest: str | None) -> Path | N
     with engine.begin() as connection:
         if copy:
             _back_up(database, copy)  # nobody writes between this and the change
-        _upgrade(connection, folder)
+        run_revisions(connection, folder)
         if connection.exec_driver_sql("PRAGMA foreign_key_check").first():
             raise sqlite3.IntegrityError("FOREIGN KEY constraint failed")
     return copy
 
 
-def _upgrade(connection: sa.Connection, folder: Path) -> None:
+def run_revisions(connection: sa.Connection, folder: Path) -> None:
+    """Do the same in the connection's transaction."""
     config = Config()
     config.set_main_option("script_location", str(folder).replace("%", "%%"))
     config.attributes["connection"] = connection

@@ -23,19 +23,18 @@ def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool)
     :param may_change: whether revisions may be run at all.
     :raises SettingError: when this code cannot use the database, which is then as it was.
     """
-    known = revisions()
-    newest = known[-1]
-    stored = _stored(engine, settings.database_name)
+    newest = revisions()[-1]
+    with engine.connect() as connection:
+        stored = read_revision(connection, settings.database_name)
     if stored == newest:
         return
-    _refuse_foreign(settings.database_name, stored, known)
     if not may_change:
         name = settings.database_name
         raise SettingError(
             f"The database {name} has schema {stored} and this Lanyard needs {newest}:"
             " start the server once, which upgrades it."
             if stored
-            else f"The database {name} has no tables yet: start the server once, or import an instance."
+            else f"The database {name} has no tables yet: start the server once, or restore a backup."
         )
     _change(settings, stored, newest)
 
@@ -46,28 +45,30 @@ def revisions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*_*.py"))
 
 
-def _stored(engine: sa.Engine, database: str) -> str | None:
-    """The revision of the database, none for one with nothing in it."""
-    with engine.connect() as connection:
-        tables = sa.inspect(connection).get_table_names()
-        if not tables:
-            return None
-        if "alembic_version" in tables:
-            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-            if found:
-                return str(found)
-    raise SettingError(
-        f"The database {database} has tables, but no schema version: it is of a Lanyard older than the first"
-        " release, or no Lanyard's; move it away to start anew."
-    )
+def read_revision(connection: sa.Connection, database: str) -> str | None:
+    """Return the revision of the database, or None when it has no tables.
 
-
-def _refuse_foreign(database: str, stored: str | None, known: list[str]) -> None:
-    if stored is not None and stored not in known:
+    :param database: its name in messages.
+    :raises SettingError: when it is not a revision that this code knows.
+    """
+    tables = sa.inspect(connection).get_table_names()
+    if not tables:
+        return None
+    stored = None
+    if "alembic_version" in tables:
+        stored = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if not stored:
+        raise SettingError(
+            f"The database {database} has tables, but no schema version: it is of a Lanyard older than the"
+            " first release, or no Lanyard's; move it away to start anew."
+        )
+    known = revisions()
+    if stored not in known:
         raise SettingError(
             f"The database {database} has schema {stored}, which is newer than schema {known[-1]} of this"
             f" Lanyard {VERSION}: start the newer Lanyard, or put back a backup."
         )
+    return str(stored)
 
 
 def _change(settings: Settings, stored: str | None, newest: str) -> None:

@@ -1,4 +1,4 @@
-"""The operator's commands that look after the instance: admin token, backup, export, purge, doctor."""
+"""The operator's commands that look after the instance: admin token, backup, purge, doctor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -17,13 +18,11 @@ import access
 import backup
 import config
 import console
-import database
 import doctor
 import housekeeping
 import transfer
 from config import Settings
 from console import Room, as_json
-from crate import CrateError, Header
 
 admin_token = Room("admin-token", help="The operator's token.")
 
@@ -55,12 +54,14 @@ def rotate_admin_token() -> None:
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @as_json
 def back_up(file: Path, force: bool, as_json: bool) -> None:
-    """Copy the database into FILE, also while the server runs.
+    """Copy the database to FILE, a SQLite database, also while the server runs.
 
-    Neither the admin token nor LANYARD_SECRET_KEY is in it: keep them elsewhere.
+    FILE can be restored into SQLite and PostgreSQL. To move an instance, stop its server first. FILE has
+    neither the admin token nor LANYARD_SECRET_KEY: keep them elsewhere.
     """
-    with _faults(), _bar("Copying") as tell:
-        backup.back_up(_settings(), file, overwrite=force, progress=tell)
+    settings = _settings()
+    with _faults(), _bar("Copying") as progress:
+        _module(settings).back_up(settings, file, overwrite=force, progress=progress)
     size = file.stat().st_size
     if as_json:
         console.show_json({"file": str(file.absolute()), "bytes": size})
@@ -72,55 +73,22 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
 @file_argument
 @as_json
 def restore(file: Path, as_json: bool) -> None:
-    """Put the database in FILE, a backup, in the place of the instance's; stop the server first."""
-    with _faults(), _bar("Copying") as tell:
-        kept = backup.restore(_settings(), file, progress=tell)
+    """Restore FILE, a backup of SQLite or PostgreSQL; stop the server first.
+
+    A SQLite database that is there is kept beside the restored one; a PostgreSQL database must be new.
+    """
+    settings = _settings()
+    with _faults(), _bar("Copying") as progress:
+        kept = _module(settings).restore(settings, file, progress=progress)
     if as_json:
         console.show_json({"replaced": str(kept) if kept else None})
         return
-    console.note(f"Restored {file}.")
+    console.note(f"{settings.database_name} is restored from {file}.")
     if kept:
         console.note(f"The database that was there is kept as {kept}.")
-
-
-@click.command("export")
-@file_argument
-@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
-@as_json
-@with_appcontext
-def export(file: Path, force: bool, as_json: bool) -> None:
-    """Write all that is in the database into FILE, for `import` into another of any kind.
-
-    FILE is JSON lines, squeezed if its name ends in .gz. Private keys are in it: it is as secret as the
-    database.
-    """
-    if database.ways(config.settings()).is_serving(config.settings()):
-        console.note("A server runs: what happens from now on is not in FILE. To move, stop it first.")
-    with _faults(), _bar("Exporting") as tell:
-        header = transfer.export(file, overwrite=force, progress=tell)
-    if as_json:
-        console.show_json({"file": str(file.absolute()), "bytes": file.stat().st_size, "rows": header.rows})
-    else:
-        name = config.settings().database_name
-        console.note(f"{name} is in {file}, which is as secret: {_what_is_in(header)}.")
-
-
-@click.command("import")
-@file_argument
-@as_json
-def bring_in(file: Path, as_json: bool) -> None:
-    """Fill a new database with what is in FILE, an export; no server may run on it."""
-    settings = _settings()
-    with _faults(), _bar("Importing") as tell:
-        header = transfer.bring_in(settings, file, progress=tell)
-    if as_json:
-        console.show_json({"file": str(file.absolute()), "rows": header.rows})
-        return
-    name, told = settings.database_name, _what_is_in(header)
-    console.note(f"{name} is now what was exported at {header.exported_at}: {told}.")
     console.note(
-        "What is in no database must be carried over too: the admin token"
-        f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if there is one,"
+        "Not in a backup, and to be set as on the old instance: the admin token"
+        f" ({access.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if it had one,"
         f" LANYARD_ISSUER (here {settings.issuer}) and LANYARD_AUDIENCE."
     )
 
@@ -166,11 +134,11 @@ def examine(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, export, bring_in, purge, examine)
+COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, examine)
 
 
-def _what_is_in(header: Header) -> str:
-    return ", ".join(f"{header.rows[name]} {name}" for name in ("agents", "webhooks", "events"))
+def _module(settings: Settings) -> ModuleType:
+    return backup if settings.uses_sqlite else transfer
 
 
 def _admin_token_file(settings: Settings) -> Path:
@@ -189,7 +157,7 @@ def _settings() -> Settings:
 def _faults() -> Iterator[None]:
     try:
         yield
-    except (backup.BackupError, CrateError) as error:
+    except backup.BackupError as error:
         raise click.ClickException(str(error)) from None
     except (OSError, sqlite3.OperationalError) as error:
         raise click.ClickException(f"{error}.") from None
