@@ -175,6 +175,6 @@ def _set_last_number(connection: sa.Connection, table: sa.Table, number: int) ->
     if connection.dialect.name != "sqlite":
         setval = sa.text("SELECT setval(pg_get_serial_sequence(:name, 'pk'), :number, :is_given)")
         connection.execute(setval, {"name": table.name, "number": max(number, 1), "is_given": number > 0})
-    elif table.dialect_options["sqlite"]["autoincrement"]:
+    elif number and table.dialect_options["sqlite"]["autoincrement"]:
         connection.execute(sa.delete(_SEQUENCE).where(_SEQUENCE.c.name == table.name))
         connection.execute(sa.insert(_SEQUENCE).values(name=table.name, seq=number))
