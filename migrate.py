@@ -35,7 +35,7 @@ def run(settings: Settings, folder: Path, newest: str | None) -> Path | None:
 
 
 def run_on_file(database: Path, folder: Path, newest: str | None = None) -> Path | None:
-    """Do the same with a SQLite file."""
+    """Bring a SQLite file, which may be empty, to the newest revision; see `run`."""
     copy = database.with_name(f"{database.name}.before-{newest}") if newest else None
     engine = sa.create_engine(
         "sqlite://",
@@ -54,7 +54,7 @@ def run_on_file(database: Path, folder: Path, newest: str | None = None) -> Path
 
 
 def run_revisions(connection: sa.Connection, folder: Path) -> None:
-    """Do the same in the connection's transaction."""
+    """Run the missing revisions in the connection's transaction."""
     config = Config()
     config.set_main_option("script_location", str(folder).replace("%", "%%"))
     config.attributes["connection"] = connection
