@@ -21,7 +21,7 @@ _HELP = {
     "3D000": "make it with createdb",
     "42501": "the role must own the database: ALTER DATABASE … OWNER TO …",
 }
-_ENCRYPTED = [
+ENCRYPTED = [
     column
     for table in Base.metadata.sorted_tables
     for column in table.c
@@ -166,7 +166,7 @@ def stored_secrets(connection: sa.Connection) -> list[tuple[sa.Column[str], int,
     """Return every encrypted column's values as they are stored: column, row number, value."""
     return [
         (column, pk, stored)
-        for column in _ENCRYPTED
+        for column in ENCRYPTED
         for pk, stored in connection.execute(sa.select(column.table.c.pk, sa.type_coerce(column, sa.String)))
         if stored is not None
     ]

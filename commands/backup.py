@@ -1,36 +1,39 @@
-"""Backup and restore: a copy of the database taken while it is written to, and put back."""
+"""Backup and restore of a SQLite database, also while a server writes to it; checks of backup files."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from config import Settings
-from models import Base, now
+from config import VERSION, Settings
+from database import ENCRYPTED, error_text
+from migrations import upgrade
+from models import Base, is_encrypted, now
 from storage.files import give_to_owner_of, sync_folder
 from storage.sqlite import nobody_serving, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
 
-Progress = Callable[[int, int], None]  # told of pages copied so far, and of all there are
+Progress = Callable[[int, int], None]  # called with the pages copied so far, and all pages
 
 
 class BackupError(Exception):
-    """Why there is no backup, or no restoring; its text is one sentence for the operator."""
+    """A backup or restore that was refused or failed; its text is one sentence for the operator."""
 
 
 def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
-    """Copy the database as it is now into `file`, which appears whole and checked, or not at all.
+    """Copy the database as it is now to `file`, which appears whole and checked, or not at all.
 
-    Whatever was committed before the call is in it; writers go on meanwhile.
+    The copy has everything committed before the call. Writers are not blocked.
 
-    :raises BackupError: when there is a file already, or the copy cannot be made or is no good.
+    :raises BackupError: when `file` exists, or the copy cannot be made or is damaged.
     """
-    _refuse_postgresql(settings)
     refuse_own_files(settings, file)
     refuse_overwriting(file, overwrite)
     with draft_beside(file) as draft:
@@ -40,21 +43,20 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
 
 
 def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | None:
-    """Put the database in `file` in the place of the instance's own.
+    """Replace the instance's database with a copy of `file`.
 
     :returns: where the replaced database is kept, if there was one.
-    :raises BackupError: when a server runs, or `file` is no good database of Lanyard's: nothing has
-        changed then.
+    :raises BackupError: when a server runs, or `file` cannot be restored: nothing has changed then.
     """
-    _refuse_postgresql(settings)
     target = settings.database_file
     refuse_own_files(settings, file)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        # Held to the end: a server that starts meanwhile waits, and finds the restored database.
+        # Held to the end: a server that starts meanwhile waits for the restored database.
         with nobody_serving(settings), draft_beside(target) as draft:
             _copy(file, draft, progress)
-            check(draft, str(file))
+            _bring_up_to_date(draft, str(file))
+            check_secrets(settings, draft, str(file))
             give_to_owner_of(target if target.exists() else target.parent, draft)
             kept = _set_aside(target)
             put_in_place(draft, target)
@@ -63,45 +65,110 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
         raise BackupError("A server runs on this instance: stop it first.") from None
 
 
-def check(file: Path, what: str) -> None:
-    """Check that the file is a sound database with Lanyard's tables.
+@contextmanager
+def up_to_date(file: Path) -> Iterator[Path]:
+    """Check a backup file, and yield it, or an upgraded copy when its schema is an older one.
 
-    :raises BackupError: when it is not; `what` names it there.
+    :raises BackupError: when the file cannot be restored.
+    """
+    if check(file, str(file)) == upgrade.revisions()[-1]:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "lanyard.db"
+        _copy(file, copy, lambda done, total: None)
+        _bring_up_to_date(copy, str(file))
+        yield copy
+
+
+def _bring_up_to_date(file: Path, what: str) -> None:
+    if check(file, what) != upgrade.revisions()[-1]:
+        run_revisions(file, what)
+        check(file, what)
+
+
+def run_revisions(file: Path, what: str) -> None:
+    """Bring a SQLite file, which may be empty, to the newest schema.
+
+    :raises BackupError: when that fails; `what` names the file in it.
+    """
+    try:
+        upgrade.run_on_file(file)
+    except Exception as error:
+        reason = error_text(error)
+        raise BackupError(f"{what} cannot be brought to the schema of this Lanyard: {reason}.") from error
+
+
+def check_secrets(settings: Settings, file: Path, what: str) -> None:
+    """Check that LANYARD_SECRET_KEY decrypts every secret in the file that is encrypted.
+
+    :raises BackupError: when it does not; `what` names the file in it.
+    """
+    with closing(open_read_only(file)) as connection:
+        for column in ENCRYPTED:
+            for (stored,) in connection.execute(f"SELECT {column.name} FROM {column.table.name}"):  # noqa: S608
+                if stored and is_encrypted(stored) and not is_encrypted(stored, settings.secret_keys):
+                    raise BackupError(
+                        f"{what} has encrypted secrets: LANYARD_SECRET_KEY must hold the key of the"
+                        " instance that it was made of."
+                    )
+
+
+def check(file: Path, what: str) -> str:
+    """Check that the file is a sound database with Lanyard's tables, and return its schema's revision.
+
+    The tables of an older revision are left to the upgrade to look at.
+
+    :raises BackupError: when it is not; `what` names the file in it.
     """
     try:
         with closing(open_read_only(file)) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
-            tables = {
-                row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            }
-            columns = {table: _columns(connection, table) for table in tables & set(Base.metadata.tables)}
-            keys = "signing_keys" in tables and connection.execute("SELECT 1 FROM signing_keys").fetchone()
+            found = _first(connection, "PRAGMA integrity_check(1)")
+            columns = _columns(connection)
+            schema = "alembic_version" in columns and _first(
+                connection, "SELECT version_num FROM alembic_version"
+            )
+            key = "signing_keys" in columns and _first(connection, "SELECT kid FROM signing_keys")
     except sqlite3.Error as error:
         raise BackupError(f"{what} cannot be read as a database: {error}.") from None
-    if found != ["ok"]:
-        raise BackupError(f"{what} is damaged: {found[0]}.")
-    lacking = _lacking(columns)
-    if lacking or not keys:
-        raise BackupError(f"{what} is no database of Lanyard's: it lacks {lacking or 'a signing key'}.")
+    if found != "ok":
+        raise BackupError(f"{what} is damaged: {found}.")
+    known = upgrade.revisions()
+    if schema and schema not in known:
+        raise BackupError(
+            f"{what} has schema {schema}, which is newer than schema {known[-1]} of this Lanyard {VERSION}:"
+            " use the newer Lanyard."
+        )
+    lacking = _lacking(columns) if schema == known[-1] else None
+    if lacking or not schema or not key:
+        lacking = lacking or ("a signing key" if schema else "a schema version")
+        raise BackupError(f"{what} is no database of Lanyard's: it lacks {lacking}.")
+    return schema
 
 
-def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
-    # The name is one of our own tables': it cannot be a parameter.
-    return {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
+    """Return the names of every table's columns."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for table, column in connection.execute(
+        "SELECT t.name, c.name FROM sqlite_master AS t JOIN pragma_table_info(t.name) AS c"
+        " WHERE t.type = 'table'"
+    ):
+        found[table].add(column)
+    return found
+
+
+def _first(connection: sqlite3.Connection, statement: str) -> str | None:
+    row = connection.execute(statement).fetchone()
+    return str(row[0]) if row else None
 
 
 def _lacking(columns: dict[str, set[str]]) -> str | None:
-    """The first table or column that is not there, by name."""
+    """Return the name of the first table or column that is missing."""
     for name, table in Base.metadata.tables.items():
         for column in table.columns:
             if column.name not in columns.get(name, ()):
                 return f"{name}.{column.name}" if name in columns else f"the table {name}"
     return None
-
-
-def _refuse_postgresql(settings: Settings) -> None:
-    if not settings.uses_sqlite:
-        raise BackupError("The database is PostgreSQL's: pg_dump and pg_restore are for that.")
 
 
 def refuse_own_files(settings: Settings, file: Path) -> None:

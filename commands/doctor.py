@@ -18,6 +18,7 @@ import keys
 from commands import backup
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
 from database import error_text, stored_secrets
+from migrations import upgrade
 from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now, rfc3339
 from storage import postgresql, sqlite
 from webhooks import ssrf
@@ -173,11 +174,16 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
         yield Finding(FAIL, "database", f"There is no {file}: start the server once, or restore a backup.")
         return
     try:
-        backup.check(file, str(file))
+        schema = backup.check(file, str(file))
     except backup.BackupError as error:
         yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
         return
     yield Finding(OK, "database", f"{file} is sound.")
+    if schema != (newest := upgrade.revisions()[-1]):
+        yield Finding(
+            WARN, "database", f"It has schema {schema}: start the server once, for schema {newest}."
+        )
+        return
     engine = sa.create_engine("sqlite://", creator=lambda: sqlite.open_read_only(file), poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
@@ -198,7 +204,9 @@ def _look_at_postgresql(settings: Settings) -> Iterator[Finding]:
             yield Finding(OK, "server", told)
             yield from _look_at_promises(connection)
             if not sa.inspect(connection).has_table(Agent.__tablename__):
-                yield Finding(FAIL, "database", f"{name} has no tables yet: start a server, or import.")
+                yield Finding(
+                    FAIL, "database", f"{name} has no tables yet: start a server, or restore a backup."
+                )
                 return
             yield from _look_at_rows(connection, settings)
     except sa.exc.DBAPIError as error:
@@ -259,7 +267,7 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
     found = keys.states(connection.execute(keys.NEWEST_FIRST).all())
     if not found:
-        yield Finding(FAIL, "keys", "There is no signing key: start the server, or import an instance.")
+        yield Finding(FAIL, "keys", "There is no signing key: start the server, or restore a backup.")
         return
     signing = next(key for key in found if key.state in ("signing", "gone"))
     age = now() - signing.signs_from

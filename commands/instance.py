@@ -1,4 +1,4 @@
-"""The operator's commands that look after the instance: admin token, backup, export, purge, doctor."""
+"""The operator's commands that look after the instance: admin token, backup, purge, doctor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from flask.cli import with_appcontext
 
 import auth
 import config
-from commands import backup, doctor, output
+from commands import backup, doctor, output, transfer
 from commands.output import Room, as_json
 from config import Settings
 from ops import cleanup
@@ -50,12 +51,14 @@ def rotate_admin_token() -> None:
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @as_json
 def back_up(file: Path, force: bool, as_json: bool) -> None:
-    """Copy the database into FILE, also while the server runs.
+    """Copy the database to FILE, a SQLite database, also while the server runs.
 
-    Neither the admin token nor LANYARD_SECRET_KEY is in it: keep them elsewhere.
+    FILE can be restored into SQLite and PostgreSQL. To move an instance, stop its server first. FILE has
+    neither the admin token nor LANYARD_SECRET_KEY: keep them elsewhere.
     """
-    with _faults(), _bar("Copying") as tell:
-        backup.back_up(_settings(), file, overwrite=force, progress=tell)
+    settings = _settings()
+    with _faults(), _bar("Copying") as progress:
+        _module(settings).back_up(settings, file, overwrite=force, progress=progress)
     size = file.stat().st_size
     if as_json:
         output.show_json({"file": str(file.absolute()), "bytes": size})
@@ -67,15 +70,24 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
 @file_argument
 @as_json
 def restore(file: Path, as_json: bool) -> None:
-    """Put the database in FILE, a backup, in the place of the instance's; stop the server first."""
-    with _faults(), _bar("Copying") as tell:
-        kept = backup.restore(_settings(), file, progress=tell)
+    """Restore FILE, a backup of SQLite or PostgreSQL; stop the server first.
+
+    A SQLite database that is there is kept beside the restored one; a PostgreSQL database must be new.
+    """
+    settings = _settings()
+    with _faults(), _bar("Copying") as progress:
+        kept = _module(settings).restore(settings, file, progress=progress)
     if as_json:
         output.show_json({"replaced": str(kept) if kept else None})
         return
-    output.note(f"Restored {file}.")
+    output.note(f"{settings.database_name} is restored from {file}.")
     if kept:
         output.note(f"The database that was there is kept as {kept}.")
+    output.note(
+        "Not in a backup, and to be set as on the old instance: the admin token"
+        f" ({auth.admin_token_file(settings)} or LANYARD_ADMIN_TOKEN), LANYARD_SECRET_KEY if it had one,"
+        f" LANYARD_ISSUER (here {settings.issuer}) and LANYARD_AUDIENCE."
+    )
 
 
 @click.command("purge")
@@ -120,6 +132,10 @@ def examine(as_json: bool) -> None:
 
 
 COMMANDS: Sequence[click.Command] = (admin_token, back_up, restore, purge, examine)
+
+
+def _module(settings: Settings) -> ModuleType:
+    return backup if settings.uses_sqlite else transfer
 
 
 def _admin_token_file(settings: Settings) -> Path:

@@ -28,19 +28,18 @@ def bring_up_to_date(engine: sa.Engine, settings: Settings, *, may_change: bool)
     :param may_change: whether revisions may be run at all.
     :raises SettingError: when this code cannot use the database, which is then as it was.
     """
-    known = revisions()
-    newest = known[-1]
-    stored = _stored(engine, settings.database_name)
+    newest = revisions()[-1]
+    with engine.connect() as connection:
+        stored = read_revision(connection, settings.database_name)
     if stored == newest:
         return
-    _refuse_foreign(settings.database_name, stored, known)
     if not may_change:
         name = settings.database_name
         raise SettingError(
             f"The database {name} has schema {stored} and this Lanyard needs {newest}:"
             " start the server once, which upgrades it."
             if stored
-            else f"The database {name} has no tables yet: start the server once, or import an instance."
+            else f"The database {name} has no tables yet: start the server once, or restore a backup."
         )
     _change(settings, stored, newest)
 
@@ -51,34 +50,36 @@ def revisions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in (FOLDER / "versions").glob("[0-9]*_*.py"))
 
 
-def _stored(engine: sa.Engine, database: str) -> str | None:
-    """The revision of the database, none for one with nothing in it."""
-    with engine.connect() as connection:
-        tables = sa.inspect(connection).get_table_names()
-        if not tables:
-            return None
-        if "alembic_version" in tables:
-            found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-            if found:
-                return str(found)
-    raise SettingError(
-        f"The database {database} has tables, but no schema version: it is of a Lanyard older than the first"
-        " release, or no Lanyard's; move it away to start anew."
-    )
+def read_revision(connection: sa.Connection, database: str) -> str | None:
+    """Return the revision of the database, or None when it has no tables.
 
-
-def _refuse_foreign(database: str, stored: str | None, known: list[str]) -> None:
-    if stored is not None and stored not in known:
+    :param database: its name in messages.
+    :raises SettingError: when it is not a revision that this code knows.
+    """
+    tables = sa.inspect(connection).get_table_names()
+    if not tables:
+        return None
+    stored = None
+    if "alembic_version" in tables:
+        stored = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if not stored:
+        raise SettingError(
+            f"The database {database} has tables, but no schema version: it is of a Lanyard older than the"
+            " first release, or no Lanyard's; move it away to start anew."
+        )
+    known = revisions()
+    if stored not in known:
         raise SettingError(
             f"The database {database} has schema {stored}, which is newer than schema {known[-1]} of this"
             f" Lanyard {VERSION}: start the newer Lanyard, or put back a backup."
         )
+    return str(stored)
 
 
 def _change(settings: Settings, stored: str | None, newest: str) -> None:
     name = settings.database_name
     try:
-        copy = _run(settings, newest if stored else None)
+        copy = run(settings, newest if stored else None)
     except Exception as error:
         raise SettingError(
             f"The database {name} could not be brought from schema {stored or 'none'} to {newest},"
@@ -90,7 +91,7 @@ def _change(settings: Settings, stored: str | None, newest: str) -> None:
         log.warning("The database was upgraded from schema %s to %s.", stored, newest)
 
 
-def _run(settings: Settings, newest: str | None) -> Path | None:
+def run(settings: Settings, newest: str | None) -> Path | None:
     """Bring the database to the newest revision in one transaction.
 
     :param newest: what to call a copy of the database as it was after; none is made unless given, nor
@@ -99,17 +100,18 @@ def _run(settings: Settings, newest: str | None) -> Path | None:
     :raises Exception: whatever a revision raises; the database is then as it was.
     """
     if settings.uses_sqlite:
-        return _run_on_sqlite(settings.database_file, newest)
+        return run_on_file(settings.database_file, newest)
     options = postgresql.engine_options(settings, serving=False)
     engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool, hide_parameters=True, **options)
     with engine.begin() as connection:
         # An older server that still runs is in the way: better to say so than to wait for its end.
         connection.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
-        _upgrade(connection)
+        run_revisions(connection)
     return None
 
 
-def _run_on_sqlite(database: Path, newest: str | None) -> Path | None:
+def run_on_file(database: Path, newest: str | None = None) -> Path | None:
+    """Bring a SQLite file, which may be empty, to the newest revision; see `run`."""
     copy = database.with_name(f"{database.name}.before-{newest}") if newest else None
     engine = sa.create_engine(
         "sqlite://",
@@ -121,13 +123,14 @@ def _run_on_sqlite(database: Path, newest: str | None) -> Path | None:
     with engine.begin() as connection:
         if copy:
             _back_up(database, copy)  # nobody writes between this and the change
-        _upgrade(connection)
+        run_revisions(connection)
         if connection.exec_driver_sql("PRAGMA foreign_key_check").first():
             raise sqlite3.IntegrityError("FOREIGN KEY constraint failed")
     return copy
 
 
-def _upgrade(connection: sa.Connection) -> None:
+def run_revisions(connection: sa.Connection) -> None:
+    """Run the missing revisions in the connection's transaction."""
     # A tenth of a second and 11 MB, which only a start with something to change pays.
     from alembic import command
     from alembic.config import Config

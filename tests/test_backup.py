@@ -1,8 +1,9 @@
-"""Backup while the server writes, and restore."""
+"""Backup while the server writes, restore, and moving an instance between the databases."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -12,40 +13,145 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import on_postgresql
 import pytest
 import requests
+import sqlalchemy as sa
 from click.testing import CliRunner, Result
-from conftest import Operator, Server, copy_instance, settings_for
+from conftest import (
+    OPERATOR,
+    Operator,
+    Server,
+    ask_refresh,
+    ask_token,
+    bearer,
+    close,
+    copy_instance,
+    database_variables,
+    engine_of,
+    settings_for,
+)
+from cryptography.fernet import Fernet
 from flask import Flask
+from standardwebhooks import Webhook as Verifier
 from test_cli import lanyard
+from test_deliverer import Receiver
+from test_migrations import GOOD, next_release  # noqa: F401 - a fixture
 from test_serving import register, token_body
+from werkzeug.test import TestResponse
 
-from commands import backup
+import database
+from app import create_app
+from commands import backup, transfer
 from commands.__main__ import lanyard as commands
+from migrations import upgrade
+from models import Agent, Base, EncryptedText, db
 from storage import sqlite
+from webhooks.delivery import Deliverer
 
-pytestmark = pytest.mark.sqlite
+KEY = Fernet.generate_key().decode()
+
+on_sqlite_only = pytest.mark.sqlite
+on_postgresql_only = pytest.mark.skipif(not on_postgresql.is_used(), reason="needs PostgreSQL")
 
 
-def run(folder: Path, *arguments: str | Path) -> Result:
+def run(folder: Path, *arguments: str | Path, **variables: str) -> Result:
     """Run a command as ./lanyard does, on the instance in `folder`."""
-    env = {"LANYARD_INSTANCE": str(folder), "LANYARD_BCRYPT_COST": "4"}
-    return CliRunner().invoke(commands, list(map(str, arguments)), env=env)
+    env = {"INSTANCE": str(folder), "BCRYPT_COST": "4", **database_variables(folder), **variables}
+    prefixed = {f"LANYARD_{name}": value for name, value in env.items()}
+    return CliRunner().invoke(commands, list(map(str, arguments)), env=prefixed)
+
+
+def done(result: Result) -> Result:
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def in_a_file(folder: Path) -> dict[str, str]:
+    """Settings for a SQLite file in the folder, whatever the tests run on."""
+    return {"DATABASE_URL": f"sqlite:///{folder}/lanyard.db"}
+
+
+def rows_of(folder: Path, **variables: str) -> dict[str, list[Any]]:
+    """Every row of every table of an instance; encrypted columns as they are stored."""
+    settings = settings_for(folder, **variables)
+    engine = sa.create_engine(database.backend(settings).url(settings), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        return {
+            table.name: sorted(
+                map(tuple, connection.execute(sa.select(*map(stored, table.columns)))), key=str
+            )
+            for table in Base.metadata.sorted_tables
+        }
+
+
+def stored(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
+    return sa.type_coerce(column, sa.String) if isinstance(column.type, EncryptedText) else column
+
+
+def change(file: Path, statement: str, *values: Any) -> None:
+    """Change a backup file as somebody might who is not Lanyard."""
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(statement, values)
+
+
+def forget(folder: Path) -> None:
+    if on_postgresql.is_used():
+        on_postgresql.drop(folder)
 
 
 @pytest.fixture
-def instance(tmp_path: Path, first_start: Path) -> Path:
+def instance(tmp_path: Path, first_start: Path) -> Iterator[Path]:
     """An instance that no server runs on."""
     folder = tmp_path / "instance"
     copy_instance(first_start, folder)
-    return folder
+    yield folder
+    forget(folder)
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Path]:
+    """The folder of an instance that does not exist yet."""
+    yield tmp_path / "there"
+    forget(tmp_path / "there")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory, first_start: Path) -> Iterator[Path]:
+    """A backup of an instance with an agent that got a token."""
+    folder = tmp_path_factory.mktemp("sample")
+    copy_instance(first_start, folder)
+    app = create_app(settings_for(folder), serving=True)
+    json_of(ask_token(app.test_client(), Operator(app).create()))
+    done(run(folder, "backup", folder / "backup.db"))
+    yield folder / "backup.db"
+    forget(folder)
+
+
+@pytest.fixture
+def filled(sample: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copy(sample, tmp_path / "filled.db"))
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    listening = Receiver()
+    yield listening
+    listening.shutdown()
+    listening.server_close()
+
+
+def json_of(response: TestResponse) -> dict[str, Any]:
+    assert response.status_code < 300, response.text
+    return dict(response.json or {})
 
 
 @pytest.fixture
 def copy(instance: Path, tmp_path: Path) -> Path:
     """A backup of it."""
     file = tmp_path / "backup.db"
-    assert run(instance, "backup", file).exit_code == 0
+    done(run(instance, "backup", file))
     return file
 
 
@@ -77,6 +183,7 @@ def write_load(server: Server, agents: list[dict[str, Any]]) -> Iterator[list[in
             thread.join()
 
 
+@on_sqlite_only
 def test_a_backup_taken_under_load_is_a_whole_instance(serve: Callable[..., Server], tmp_path: Path) -> None:
     old = serve(LOCAL="1", ISSUER="https://id.example").wait()
     agent = register(old)
@@ -97,8 +204,7 @@ def test_a_backup_taken_under_load_is_a_whole_instance(serve: Callable[..., Serv
     assert (mode(file), list(tmp_path.glob(".*"))) == (0o600, [])
     old.stop()
     shutil.move(old.instance, tmp_path / "lost")
-    restored = run(old.instance, "restore", file)
-    assert restored.exit_code == 0, restored.output
+    done(run(old.instance, "restore", file))
 
     new = serve(LOCAL="1", ISSUER="https://id.example").wait()
     headers = {"Authorization": f"Bearer {token['access_token']}"}
@@ -117,10 +223,12 @@ def test_a_backup_is_not_written_over(instance: Path, copy: Path) -> None:
     copy.write_text("precious")
     assert "--force" in run(instance, "backup", copy).stderr
     assert copy.read_text() == "precious"
-    assert run(instance, "backup", copy, "--force").exit_code == 0
+    done(run(instance, "backup", copy, "--force"))
     backup.check(copy, "the new one")
+    assert mode(copy) == 0o600
 
 
+@on_sqlite_only
 @pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "../instance/lanyard.db"])
 def test_the_database_is_no_place_for_its_backup(instance: Path, name: str) -> None:
     before = (instance / "lanyard.db").read_bytes()
@@ -142,11 +250,13 @@ def test_a_backup_that_fails_leaves_nothing(
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
+    module = transfer if on_postgresql.is_used() else backup
     with pytest.raises(KeyboardInterrupt):
-        backup.back_up(settings_for(instance), tmp_path / "b.db", overwrite=False, progress=interrupt)
+        module.back_up(settings_for(instance), tmp_path / "b.db", overwrite=False, progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["instance"]
 
 
+@on_sqlite_only
 def test_a_backup_is_one_snapshot_however_much_is_written_meanwhile(
     app: Flask, operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,12 +276,12 @@ def test_a_backup_is_one_snapshot_however_much_is_written_meanwhile(
         assert connection.execute("SELECT name FROM agents").fetchall() == [("before",)]
 
 
+@on_sqlite_only
 def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
     env = {**os.environ, "LANYARD_INSTANCE": str(instance)}
     created = lanyard("agents", "create", "--name", "newer", env=env)
     assert created.returncode == 0, created.stderr
-    result = run(instance, "restore", copy)
-    assert result.exit_code == 0, result.output
+    result = done(run(instance, "restore", copy))
     assert "newer" not in run(instance, "agents", "list").stdout
     (kept,) = instance.glob("lanyard.db.replaced-*")
     assert str(kept) in result.stderr
@@ -180,6 +290,7 @@ def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
         assert connection.execute("SELECT name FROM agents").fetchall() == [("newer",)]
 
 
+@on_sqlite_only
 def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, copy: Path) -> None:
     for ending in ("", "-wal", "-shm"):
         (instance / f"lanyard.db{ending}").write_bytes(b"rubbish" * 1000)
@@ -188,16 +299,18 @@ def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, 
     assert run(instance, "agents", "list").exit_code == 0
 
 
-def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Server], copy: Path) -> None:
+def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Server], filled: Path) -> None:
     server = serve().wait()
-    before = (server.instance / "lanyard.db").stat().st_ino
-    result = run(server.instance, "restore", copy)
+    before = rows_of(server.instance)
+    result = run(server.instance, "restore", filled)
     assert (result.exit_code, result.stderr) == (1, "Error: A server runs on this instance: stop it first.\n")
-    assert (server.instance / "lanyard.db").stat().st_ino == before
+    assert rows_of(server.instance) == before
     server.stop()
-    assert run(server.instance, "restore", copy).exit_code == 0
+    done(run(server.instance, "restore", filled))
+    assert rows_of(server.instance) != before
 
 
+@on_sqlite_only
 def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server], copy: Path) -> None:
     server = serve(WORKERS="1").wait()
     server.process.kill()
@@ -206,10 +319,10 @@ def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server]
         if not sqlite.is_serving(settings_for(server.instance)):
             break
         threading.Event().wait(0.1)
-    result = run(server.instance, "restore", copy)
-    assert result.exit_code == 0, result.output
+    done(run(server.instance, "restore", copy))
 
 
+@on_sqlite_only
 def test_another_process_with_the_database_open_is_told(instance: Path, copy: Path) -> None:
     with closing(sqlite3.connect(instance / "lanyard.db")) as other:
         other.execute("SELECT * FROM agents").fetchall()
@@ -226,40 +339,255 @@ def cut_short(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def without_a_table(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("DROP TABLE client_secrets")
-
-
-def without_a_column(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection:
-        connection.execute("ALTER TABLE agents DROP COLUMN owner")
-
-
-def without_a_key(file: Path) -> None:
-    with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("DELETE FROM signing_keys")
+def changed(statement: str) -> Callable[[Path], None]:
+    return lambda file: change(file, statement)
 
 
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (rubbish, "cannot be copied"),
+        (rubbish, "cannot be"),
         (cut_short, "cannot be|is damaged"),
-        (without_a_table, "lacks the table client_secrets"),
-        (without_a_column, "lacks agents.owner"),
-        (without_a_key, "lacks a signing key"),
-        (Path.unlink, "cannot be copied"),
+        (changed("DROP TABLE client_secrets"), "lacks the table client_secrets"),
+        (changed("ALTER TABLE agents DROP COLUMN owner"), "lacks agents.owner"),
+        (changed("DELETE FROM signing_keys"), "lacks a signing key"),
+        (changed("DROP TABLE alembic_version"), "lacks a schema version"),
+        (changed("UPDATE alembic_version SET version_num = '0999'"), "has schema 0999, which is newer"),
+        (Path.unlink, "cannot be"),
     ],
-    ids=["rubbish", "cut short", "a table less", "a column less", "no key", "no file"],
+    ids=["rubbish", "cut short", "a table less", "a column less", "no key", "no schema", "newer", "no file"],
 )
 def test_no_bad_file_is_restored(
     instance: Path, copy: Path, spoil: Callable[[Path], None], told: str
 ) -> None:
     spoil(copy)
-    before = (instance / "lanyard.db").read_bytes()
+    before = rows_of(instance)
     result = run(instance, "restore", copy)
-    assert result.exit_code == 1
+    assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
     assert any(text in result.stderr for text in told.split("|")), result.stderr
-    assert (instance / "lanyard.db").read_bytes() == before
+    assert rows_of(instance) == before
     assert not [path for path in instance.iterdir() if "draft" in path.name or "replaced" in path.name]
+
+
+@on_postgresql_only
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        (
+            "UPDATE agents SET name = 'a' || char(0)",
+            "rows of agents cannot be copied: PostgreSQL text .* NUL",
+        ),
+        ("UPDATE agents SET token_version = 'one'", "rows of agents cannot be copied"),
+        ("UPDATE agents SET token_version = 4000000000", "rows of agents cannot be copied: integer out"),
+        ("UPDATE agents SET metadata = '{'", "rows of agents cannot be copied"),
+        ("UPDATE agents SET name = CAST(x'ff' AS TEXT)", "rows of agents cannot be copied"),
+        ("DELETE FROM agents", "rows of client_secrets cannot be copied: .* foreign key"),
+        ("UPDATE sqlite_sequence SET seq = 'many'", "rows of agents cannot be copied"),
+    ],
+    ids=["NUL", "text for number", "large number", "no JSON", "no UTF-8", "no agent", "no number"],
+)
+def test_a_file_that_postgresql_refuses_changes_nothing(
+    filled: Path, there: Path, statement: str, told: str
+) -> None:
+    change(filled, statement)
+    result = run(there, "restore", filled)
+    assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
+    assert re.search(told, result.stderr), result.stderr
+    with engine_of(there).connect() as connection:
+        assert sa.inspect(connection).get_table_names() == []
+
+
+@on_postgresql_only
+@pytest.mark.parametrize("column", ["response_body", "error"])
+def test_a_nul_that_a_receiver_sent_is_replaced(filled: Path, there: Path, column: str) -> None:
+    webhook = ("a-webhook", "hook", "https://example.com", "agent.*", 8, True, "whsec_x", 0, 0)
+    change(
+        filled,
+        "INSERT INTO webhooks (id, name, url, events, max_retries, is_active, secret, created_at, updated_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        *webhook,
+    )
+    change(
+        filled,
+        f"INSERT INTO deliveries (webhook_pk, event_pk, status, attempts, created_at, {column})"  # noqa: S608
+        " VALUES (1, 1, 'dead', 8, 0, ?)",
+        "a\0b",
+    )
+    done(run(there, "restore", filled))
+    assert "a\ufffdb" in rows_of(there)["deliveries"][0]
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["into nothing", "into a first start"])
+def test_all_of_an_instance_works_in_another(
+    make_app: Callable[..., Flask],
+    tmp_path: Path,
+    there: Path,
+    first_start: Path,
+    receiver: Receiver,
+    started: bool,
+) -> None:
+    if started:
+        copy_instance(first_start, there)
+    moves(make_app(WEBHOOK_ALLOW_PRIVATE="1"), {}, tmp_path / "backup.db", there, {}, receiver)
+
+
+@on_postgresql_only
+@pytest.mark.parametrize("back", [False, True], ids=["to PostgreSQL", "to SQLite"])
+def test_an_instance_moves_between_the_databases(
+    tmp_path: Path, there: Path, receiver: Receiver, back: bool
+) -> None:
+    here = tmp_path / "instance"
+    source, target = ({}, in_a_file(there)) if back else (in_a_file(here), {})
+    app = create_app(settings_for(here, WEBHOOK_ALLOW_PRIVATE="1", **source), serving=True)
+    moves(app, source, tmp_path / "backup.db", there, target, receiver)
+    close(app)
+    forget(here)
+
+
+def moves(
+    app: Flask, source: dict[str, str], file: Path, there: Path, target: dict[str, str], receiver: Receiver
+) -> None:
+    """Fill an instance, back it up, restore it there, and use all of it there."""
+    here = file.parent / "instance"
+    client, operator = app.test_client(), Operator(app)
+    one, two, gone = (operator.create(name=name, metadata={"é": "☃"}) for name in ("one", "two", "gone"))
+    token = json_of(ask_token(client, one))
+    newer = json_of(ask_refresh(client, token["refresh_token"]))
+    hook = {"name": "audit", "url": receiver.url, "events": ["agent.*"]}
+    webhook = json_of(client.post("/api/webhooks", json=hook, headers=OPERATOR))
+    rotated = json_of(operator.act(two, "rotate", grace_period=3600))
+    operator.call("DELETE", f"/{gone['agent']['id']}")
+    done(run(here, "backup", file, **source))
+    before = rows_of(here, **source)
+
+    told = done(run(there, "restore", file, **target)).stderr
+    assert all(what in told for what in ("admin_token", "LANYARD_SECRET_KEY", "LANYARD_ISSUER"))
+    assert rows_of(there, **target) == before, "the audit log, and all the rest"
+    app = create_app(settings_for(there, WEBHOOK_ALLOW_PRIVATE="1", **target), serving=True)
+    client, operator = app.test_client(), Operator(app)
+    assert json_of(client.get("/api/agents/me", headers=bearer(newer)))["agent"]["name"] == "one"
+    assert ask_refresh(client, newer["refresh_token"]).status_code == 200
+    assert ask_refresh(client, token["refresh_token"]).status_code == 400, "it was used before"
+    for secret in (two["client_secret"], rotated["client_secret"]):
+        assert ask_token(client, {**two, "client_secret": secret}).status_code == 200
+    assert ask_token(client, gone).status_code == 401
+    assert number_of(app, operator.create(name="four")) == 4, "the deleted agent's is not given again"
+    take_deliveries(app, receiver, 3)
+    types = {body["type"] for body in receiver.bodies()}
+    assert types == {"agent.credentials_rotated", "agent.deleted", "agent.created"}
+    for headers, body in receiver.taken:
+        Verifier(webhook["secret"]).verify(body, headers)
+
+
+def number_of(app: Flask, made: dict[str, Any]) -> int:
+    with app.app_context():
+        return db.session.scalars(sa.select(Agent.pk).where(Agent.id == made["agent"]["id"])).one()
+
+
+def take_deliveries(app: Flask, receiver: Receiver, count: int) -> None:
+    """Deliver until so many have arrived."""
+    working = Deliverer(app)
+    working.start()
+    try:
+        receiver.wait_for(lambda: len(receiver.taken) == count)
+    finally:
+        working.stop()
+
+
+@on_postgresql_only
+def test_a_backup_of_postgresql_is_one_snapshot(
+    make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "BATCH", 1)
+    operator = Operator(make_app())
+    steps: list[tuple[int, int]] = []
+    operator.create(name="before")
+    operator.create(name="also before")
+
+    def write(done: int, total: int) -> None:
+        operator.create(name="meanwhile")
+        steps.append((done, total))
+
+    file = tmp_path / "backup.db"
+    transfer.back_up(settings_for(tmp_path / "instance"), file, overwrite=False, progress=write)
+    assert [done for done, total in steps] == [*range(1, steps[-1][1] + 1)]
+    with closing(sqlite.open_read_only(file)) as connection:
+        assert connection.execute("SELECT name FROM agents").fetchall() == [("before",), ("also before",)]
+    assert "meanwhile" in str(rows_of(tmp_path / "instance"))
+
+
+@on_postgresql_only
+def test_postgresql_is_restored_into_a_new_database_only(sample: Path, there: Path) -> None:
+    done(run(there, "restore", sample))
+    before = rows_of(there)
+    result = run(there, "restore", sample)
+    assert result.exit_code == 1
+    assert "this one has 1 agents" in result.stderr
+    assert rows_of(there) == before
+
+
+def test_encrypted_secrets_need_their_key(
+    make_app: Callable[..., Flask], tmp_path: Path, there: Path
+) -> None:
+    app = make_app(SECRET_KEY=KEY)
+    token = json_of(ask_token(app.test_client(), Operator(app).create()))
+    file = tmp_path / "encrypted.db"
+    done(run(tmp_path / "instance", "backup", file))
+    assert b'"d"' not in file.read_bytes(), "no private key is in it in clear"
+    for variables in ({}, {"SECRET_KEY": Fernet.generate_key().decode()}):
+        result = run(there, "restore", file, **variables)
+        assert (result.exit_code, "LANYARD_SECRET_KEY must hold" in result.stderr) == (1, True)
+        assert not (there / "lanyard.db").exists()
+    done(run(there, "restore", file, SECRET_KEY=KEY))
+    moved = create_app(settings_for(there, SECRET_KEY=KEY), serving=True).test_client()
+    assert moved.get("/api/agents/me", headers=bearer(token)).status_code == 200
+
+
+def test_secrets_in_clear_are_encrypted_by_the_next_start(sample: Path, there: Path) -> None:
+    done(run(there, "restore", sample, SECRET_KEY=KEY))
+    create_app(settings_for(there, SECRET_KEY=KEY), serving=True)
+    assert "fernet:" in str(rows_of(there)["signing_keys"])
+    assert b"fernet:" not in sample.read_bytes()
+
+
+def test_an_older_backup_is_upgraded(
+    filled: Path,
+    there: Path,
+    next_release: Callable[[str], Path],  # noqa: F811
+) -> None:
+    next_release(GOOD)
+    before = filled.read_bytes()
+    done(run(there, "restore", filled))
+    with engine_of(there).connect() as connection:
+        assert connection.exec_driver_sql("SELECT name, colour FROM agents").all() == [("an agent", "blue")]
+        schema = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    assert schema == upgrade.revisions()[-1]
+    assert filled.read_bytes() == before
+
+
+def test_a_database_of_an_older_schema(
+    instance: Path,
+    tmp_path: Path,
+    next_release: Callable[[str], Path],  # noqa: F811
+) -> None:
+    next_release(GOOD)
+    result = run(instance, "backup", tmp_path / "older.db")
+    if on_postgresql.is_used():
+        assert "start the server once" in result.stderr
+        assert not (tmp_path / "older.db").exists()
+    else:
+        done(result)
+        assert "start the server once" in done(run(instance, "doctor")).stdout
+
+
+@pytest.mark.parametrize("upgrading", ["raise ValueError('no')", "op.drop_table('signing_keys')"])
+def test_an_older_backup_that_cannot_be_upgraded_is_refused(
+    filled: Path,
+    instance: Path,
+    next_release: Callable[[str], Path],  # noqa: F811
+    upgrading: str,
+) -> None:
+    before = rows_of(instance)
+    next_release(f"    {upgrading}\n")
+    assert re.search(r"cannot be brought|lacks", run(instance, "restore", filled).stderr)
+    assert rows_of(instance) == before

@@ -299,7 +299,6 @@ def test_a_broken_admin_token_makes_nobody_the_operator(
     assert client.get("/api/agents", headers=headers).status_code == 200
 
 
-@pytest.mark.sqlite
 def test_the_command_runs_from_any_folder_by_any_name(tmp_path: Path, environment: dict[str, str]) -> None:
     link = tmp_path / "ln"
     link.symlink_to(HERE / "lanyard")

@@ -98,7 +98,7 @@ def schema(connection: sa.Connection) -> dict[str, Any]:
 
 
 def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
-    upgrade.run(settings_for(tmp_path), SHIPPED, None)
+    upgrade.run(settings_for(tmp_path), None)
     with engine_of(tmp_path).connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
@@ -107,7 +107,7 @@ def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
 @pytest.mark.sqlite
 def test_the_migrations_say_it_in_the_same_words(tmp_path: Path) -> None:
     """What Alembic does not compare: AUTOINCREMENT, WITHOUT ROWID, checks, names."""
-    upgrade.run(settings_for(tmp_path), SHIPPED, None)
+    upgrade.run(settings_for(tmp_path), None)
     said = sa.create_engine("sqlite://")
     with engine_of(tmp_path).connect() as connection, said.connect() as model:
         Base.metadata.create_all(model)
@@ -156,7 +156,9 @@ def old(tmp_path: Path) -> Path:
     shutil.copy(SHIPPED / "versions" / "0001_first.py", first / "versions")
     database = tmp_path / "instance" / "lanyard.db"
     database.parent.mkdir()
-    upgrade.run(settings_for(database.parent), first, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upgrade, "FOLDER", first)
+        upgrade.run(settings_for(database.parent), None)
     with engine_of(database.parent).begin() as connection:
         for table, columns in ROWS.items():
             names = ", ".join(columns), ", ".join(f":{name}" for name in columns)

@@ -1,0 +1,177 @@
+"""Backup and restore of a PostgreSQL database, to and from a SQLite file like that of a SQLite instance."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from commands import backup
+from commands.backup import BackupError, Progress
+from config import Settings
+from database import error_text
+from migrations import upgrade
+from models import Base, Delivery, SigningKey
+from storage import postgresql, sqlite
+
+BATCH = 1000  # rows
+
+_TABLES = Base.metadata.sorted_tables  # a table comes after those that it refers to
+_SEQUENCE = sa.table("sqlite_sequence", sa.column("name"), sa.column("seq"))
+# Receivers of webhooks chose these texts: a NUL in one must not make a restore impossible.
+_FROM_RECEIVERS = ("response_body", "error")
+
+
+def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
+    """Write all rows as they are now into the SQLite database `file`, which appears whole and checked.
+
+    Writers are not blocked. Encrypted secrets stay encrypted.
+
+    :param progress: called with the number of rows copied so far, and of all rows.
+    :raises BackupError: when `file` exists, or cannot be written.
+    :raises SettingError: when the database has another schema than this code.
+    """
+    backup.refuse_own_files(settings, file)
+    backup.refuse_overwriting(file, overwrite)
+    options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+    with backup.draft_beside(file) as draft:
+        with _transaction(settings, **options) as source:
+            upgrade.bring_up_to_date(source.engine, settings, may_change=False)
+            backup.run_revisions(draft, "The copy")
+            with _engine(lambda: _open_draft(draft)).begin() as target:
+                _copy_rows(source, target, progress)
+        backup.check(draft, "The copy")
+        backup.put_in_place(draft, file)
+
+
+def restore(settings: Settings, file: Path, *, progress: Progress) -> None:
+    """Fill the instance's database, in which nothing has happened yet, from a backup: all or nothing.
+
+    :param progress: called with the number of rows copied so far, and of all rows.
+    :raises BackupError: when a server runs, the database is in use, or `file` cannot be restored.
+    :raises SettingError: when the database cannot be used.
+    """
+    with backup.up_to_date(file) as current, postgresql.alone(settings):
+        backup.check_secrets(settings, current, str(file))
+        # Servers that start from here on wait for the lock that `alone` holds.
+        if postgresql.is_serving(settings):
+            raise BackupError("A server runs on this instance: stop it first.")
+        with (
+            _engine(lambda: sqlite.open_read_only(current)).connect() as source,
+            _transaction(settings, isolation_level="READ COMMITTED") as target,
+        ):
+            _prepare(target, settings)
+            _copy_rows(source, target, progress)
+
+
+@contextmanager
+def _transaction(settings: Settings, **options: Any) -> Iterator[sa.Connection]:
+    with postgresql.session(settings) as connection:
+        connection.rollback()  # the isolation level cannot change inside a transaction
+        with connection.execution_options(**options).begin():
+            yield connection
+
+
+def _engine(creator: Any) -> sa.Engine:
+    return sa.create_engine("sqlite://", creator=creator, poolclass=sa.NullPool, hide_parameters=True)
+
+
+def _open_draft(draft: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(draft)
+    connection.execute("PRAGMA synchronous = OFF")  # the finished file is fsynced once
+    return connection
+
+
+def _prepare(target: sa.Connection, settings: Settings) -> None:
+    """Make or upgrade the tables, and lock them; in the caller's transaction.
+
+    :raises BackupError: when rows other than signing keys exist: a first start makes one signing key.
+    """
+    upgrade.read_revision(target, settings.database_name)
+    target.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
+    upgrade.run_revisions(target)
+    target.exec_driver_sql(f"LOCK TABLE {', '.join(table.name for table in _TABLES)}")
+    counts = {table.name: _count(target, table) for table in _TABLES if table is not SigningKey.__table__}
+    if found := [f"{count} {name}" for name, count in counts.items() if count]:
+        raise BackupError(
+            f"A restore needs a new database, and this one has {', '.join(found)}:"
+            " name another one with LANYARD_DATABASE_URL."
+        )
+    target.execute(sa.delete(SigningKey))
+
+
+def _copy_rows(source: sa.Connection, target: sa.Connection, progress: Progress) -> None:
+    total = sum(_count(source, table) for table in _TABLES)
+    done = 0
+    for table in _TABLES:
+        try:
+            for batch in _batches(source, table):
+                target.execute(_insertion(table), batch)
+                done += len(batch)
+                progress(done, total)
+            if table.autoincrement_column is not None:
+                _set_last_number(target, table, _last_number(source, table))
+        except (sa.exc.StatementError, ValueError) as error:
+            reason = error_text(error)
+            raise BackupError(f"The rows of {table.name} cannot be copied: {reason}.") from error
+
+
+def _count(connection: sa.Connection, table: sa.Table) -> int:
+    return connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+
+
+def _batches(source: sa.Connection, table: sa.Table) -> Iterator[list[dict[str, Any]]]:
+    columns = [sa.type_coerce(column, _stored_type(column)).label(column.name) for column in table.columns]
+    statement = sa.select(*columns).order_by(*table.primary_key)
+    # yield_per: a server-side cursor, so that memory stays flat.
+    found = source.execute(statement, execution_options={"yield_per": BATCH})
+    for rows in found.mappings().partitions():
+        batch = [dict(row) for row in rows]
+        if table is Delivery.__table__:
+            _replace_nul(batch)
+        yield batch
+
+
+def _insertion(table: sa.Table) -> sa.Insert:
+    return sa.insert(table).values(
+        {column.name: sa.bindparam(column.name, type_=_stored_type(column)) for column in table.columns}
+    )
+
+
+def _stored_type(column: sa.Column[Any]) -> sa.types.TypeEngine[Any]:
+    """The column's type without conversions of ours: an encrypted secret is copied as it is stored."""
+    return column.type.impl_instance if isinstance(column.type, sa.types.TypeDecorator) else column.type
+
+
+def _replace_nul(deliveries: list[dict[str, Any]]) -> None:
+    """PostgreSQL's text cannot hold NUL."""
+    for delivery in deliveries:
+        for name in _FROM_RECEIVERS:
+            if delivery[name]:
+                delivery[name] = delivery[name].replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _last_number(connection: sa.Connection, table: sa.Table) -> int:
+    """The highest number that a row of the table has, or had."""
+    (pk,) = table.primary_key
+    highest = connection.scalar(sa.select(sa.func.max(pk))) or 0
+    if connection.dialect.name == "sqlite":
+        given = connection.scalar(sa.select(_SEQUENCE.c.seq).where(_SEQUENCE.c.name == table.name))
+    else:
+        last = sa.text("SELECT pg_sequence_last_value(CAST(pg_get_serial_sequence(:name, 'pk') AS regclass))")
+        given = connection.scalar(last, {"name": table.name})
+    return max(highest, int(given or 0))
+
+
+def _set_last_number(connection: sa.Connection, table: sa.Table, number: int) -> None:
+    """Make the next row's number the one above."""
+    if connection.dialect.name != "sqlite":
+        setval = sa.text("SELECT setval(pg_get_serial_sequence(:name, 'pk'), :number, :is_given)")
+        connection.execute(setval, {"name": table.name, "number": max(number, 1), "is_given": number > 0})
+    elif number and table.dialect_options["sqlite"]["autoincrement"]:
+        connection.execute(sa.delete(_SEQUENCE).where(_SEQUENCE.c.name == table.name))
+        connection.execute(sa.insert(_SEQUENCE).values(name=table.name, seq=number))
