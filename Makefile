@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run install test test-postgresql coverage check bench soak
+.PHONY: help run install test test-long test-postgresql coverage check bench soak
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,6 +17,9 @@ install: .venv/installed ## make .venv with what Lanyard needs
 
 test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
+
+test-long: .venv/installed-dev ## run the tests that generate examples, with many more of them
+	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py
 
 test-postgresql: .venv/installed-dev tests/node/node_modules ## run them on a PostgreSQL that is started for them
 	@$(BIN)/python tests/on_postgresql.py

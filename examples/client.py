@@ -1,4 +1,4 @@
-"""An agent that signs in with its secret, calls an API, and signs in again when its token has run out.
+"""An agent that signs in with its secret, calls an API, and signs in again when its token has expired.
 
 The API's URL is among the agent's `audiences`; `verify_offline.py` is such an API.
 
@@ -19,10 +19,10 @@ class Session(OAuth2Session):
     """Authlib's session, for one API; it fetches a token before a call that needs a new one."""
 
     def fetch_token(self, *args: Any, **kwargs: Any) -> Any:
-        """Sign in. The API's URL is the `resource`, so the token is good there and nowhere else."""
+        """Sign in. The API's URL is the `resource`, so the token is valid there and nowhere else."""
         token = super().fetch_token(*args, resource=API, **kwargs)
-        # Authlib would go on with the refresh token until it ends, 30 days on, and then fail.
-        # The secret, which the agent holds anyway, never stops working that way.
+        # With a refresh token, Authlib would refresh until the sign-in ends after 30 days, and then fail.
+        # Without one, it signs in again with the secret.
         token.pop("refresh_token", None)
         return token
 

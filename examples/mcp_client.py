@@ -34,7 +34,7 @@ class Memory:
         self.token: OAuthToken | None = None
 
     async def get_tokens(self) -> OAuthToken | None:
-        """The token, if there is one."""
+        """Return the token, if there is one."""
         return self.token
 
     async def set_tokens(self, tokens: OAuthToken) -> None:
@@ -42,10 +42,10 @@ class Memory:
         self.token = tokens
 
     async def get_client_info(self) -> OAuthClientInformationFull | None:
-        """Nothing: the agent is registered already."""
+        """Do nothing: the agent is registered already."""
 
     async def set_client_info(self, client_info: OAuthClientInformationFull) -> None:
-        """Nothing: the agent is registered already."""
+        """Do nothing: the agent is registered already."""
 
 
 def by_secret() -> OAuthClientProvider:

@@ -20,21 +20,22 @@ from mcp.server.mcpserver import MCPServer
 ISSUER, URL = sys.argv[1:]
 ALGORITHMS = ["RS256", "ES256", "EdDSA"]  # what LANYARD_SIGNING_ALG may be
 CLAIMS = ["iss", "aud", "exp", "sub", "client_id", "scope"]
+LEEWAY = 30  # seconds that the clocks may differ by
 
 
 class OfflineVerifier:
-    """The SDK's TokenVerifier: asks nobody but the key set, which it keeps for five minutes."""
+    """The SDK's TokenVerifier, with the key set, which it keeps for five minutes."""
 
     def __init__(self) -> None:
         self.keys = jwt.PyJWKClient(f"{ISSUER}/.well-known/jwks.json")
 
     async def verify_token(self, token: str) -> AccessToken | None:
-        """What a good access token says (RFC 9068 §4), or None."""
+        """Return what a valid access token says (RFC 9068 §4), or None."""
         try:
             # In a thread: now and then it fetches the keys.
             found = await asyncio.to_thread(self.verify, token)
         except jwt.PyJWKClientConnectionError:
-            raise  # nothing is known of the token while there are no keys
+            raise  # without keys, no token can be verified
         except (jwt.InvalidTokenError, jwt.PyJWKClientError):
             return None
         claims = found["payload"]
@@ -51,10 +52,12 @@ class OfflineVerifier:
         )
 
     def verify(self, token: str) -> dict[str, Any]:
-        """Header and claims, when signature, issuer, audience and times are right."""
+        """Return header and claims, if signature, issuer, audience and times are right."""
         options: Any = {"require": CLAIMS}
         key = self.keys.get_signing_key_from_jwt(token)
-        return jwt.decode_complete(token, key, ALGORITHMS, options, audience=URL, issuer=ISSUER)
+        return jwt.decode_complete(
+            token, key, ALGORITHMS, options, audience=URL, issuer=ISSUER, leeway=LEEWAY
+        )
 
 
 server = MCPServer(
@@ -72,7 +75,7 @@ server = MCPServer(
 
 @server.tool()
 def whoami() -> str:
-    """The client id of the agent that calls."""
+    """Return the client id of the calling agent."""
     token = get_access_token()
     return token.client_id if token else ""
 

@@ -1,4 +1,4 @@
-"""A small API that verifies Lanyard's access tokens by itself, with the public keys that Lanyard publishes.
+"""A small API that verifies Lanyard's access tokens offline, with the public keys that Lanyard publishes.
 
 Its URL is the audience: an agent has it among its `audiences` and asks for a token with it as `resource`.
 
@@ -16,6 +16,7 @@ from flask import Flask, Response, abort, request
 ISSUER, AUDIENCE = sys.argv[1:]
 ALGORITHMS = ["RS256", "ES256", "EdDSA"]  # what LANYARD_SIGNING_ALG may be
 CLAIMS = ["iss", "aud", "exp", "sub", "client_id", "scope"]
+LEEWAY = 30  # seconds that the clocks may differ by
 
 app = Flask(__name__)
 keys = jwt.PyJWKClient(f"{ISSUER}/.well-known/jwks.json")  # fetched at first use, kept for five minutes
@@ -23,20 +24,20 @@ keys = jwt.PyJWKClient(f"{ISSUER}/.well-known/jwks.json")  # fetched at first us
 
 @app.get("/reports")
 def reports() -> dict[str, Any]:
-    """What an agent with the scope `read` may see."""
+    """Answer agents that have the scope `read`."""
     claims = require("read")
     return {"reports": [], "read_by": claims["client_id"]}
 
 
 def require(scope: str) -> dict[str, Any]:
-    """The claims of the request's token; the answer is a refusal when it is no good or lacks the scope."""
+    """Return the claims of the request's token; end the request if it is invalid or lacks the scope."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         refuse(401)
     try:
         claims = verify(token.strip())
     except jwt.PyJWKClientConnectionError:
-        abort(503)  # nothing is known of the token while there are no keys
+        abort(503)  # without keys, no token can be verified
     except (jwt.InvalidTokenError, jwt.PyJWKClientError):
         refuse(401, error="invalid_token")
     if scope not in claims["scope"].split():
@@ -45,10 +46,12 @@ def require(scope: str) -> dict[str, Any]:
 
 
 def verify(token: str) -> dict[str, Any]:
-    """The claims of a good access token (RFC 9068 §4)."""
+    """Return the claims of a valid access token (RFC 9068 §4)."""
     options: Any = {"require": CLAIMS}
     key = keys.get_signing_key_from_jwt(token)
-    found = jwt.decode_complete(token, key, ALGORITHMS, options, audience=AUDIENCE, issuer=ISSUER)
+    found = jwt.decode_complete(
+        token, key, ALGORITHMS, options, audience=AUDIENCE, issuer=ISSUER, leeway=LEEWAY
+    )
     if found["header"].get("typ") != "at+jwt":  # other JWTs of the same issuer are not access tokens
         raise jwt.InvalidTokenError("not an access token")
     return dict(found["payload"])

@@ -1,4 +1,4 @@
-"""A receiver of Lanyard's webhooks: checks each signature, and takes each event once.
+"""A receiver of Lanyard's webhooks: verifies each signature, and handles each event once.
 
 pip install flask standardwebhooks
 WEBHOOK_SECRET=whsec_… python webhook_receiver.py 5001
@@ -13,7 +13,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 app = Flask(__name__)
 webhook = Webhook(os.environ["WEBHOOK_SECRET"])
-# A delivery comes at least once: the same id again is the same event. Keep the ids where your data is.
+# A delivery may arrive twice, with the same id. Keep the ids where your data is.
 seen: OrderedDict[str, None] = OrderedDict()
 
 

@@ -85,8 +85,10 @@ def rows_of(folder: Path, **variables: str) -> dict[str, list[Any]]:
         }
 
 
-def stored(column: sa.Column[Any]) -> sa.ColumnElement[Any]:
-    return sa.type_coerce(column, sa.String) if isinstance(column.type, EncryptedText) else column
+def select_stored(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(
+        *(sa.type_coerce(c, sa.String) if isinstance(c.type, EncryptedText) else c for c in table.columns)
+    )
 
 
 def change(file: Path, statement: str, *values: Any) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
+import yaml
 from conftest import OPERATOR, Server, free_port
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from config import HERE
+from config import HERE, Settings
 
 DEPLOY = HERE / "deploy"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
@@ -140,6 +141,19 @@ def test_the_container_copies_what_is_there_and_is_not_root() -> None:
     assert next(rest for step, rest in steps if step == "USER") == "10001:10001"
 
 
+def test_the_compose_file_builds_the_container_and_keeps_its_data() -> None:
+    (name, service), *more = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].items()
+    assert (name, more) == ("lanyard", [])
+    context = (DEPLOY / service["build"]["context"]).resolve()
+    assert context == HERE
+    assert (context / service["build"]["dockerfile"]).is_file()
+    assert Settings.from_env(service["environment"]).trusted_proxies == 1
+    container = (DEPLOY / "Containerfile").read_text()
+    for volume in service["volumes"]:
+        assert f"VOLUME {volume.split(':')[1]}" in container
+    assert [port.split(":")[0] for port in service["ports"]] == ["127.0.0.1"]
+
+
 @needs("caddy", "caddy")
 def test_caddy_takes_its_file() -> None:
     command = ["caddy", "validate", "--adapter", "caddyfile", "--config", DEPLOY / "Caddyfile"]
@@ -169,8 +183,8 @@ class Proxy(NamedTuple):
         return {"grant_type": "client_credentials", **made}
 
 
-def write_nginx_configuration(folder: Path, port: int, upstream: int) -> Path:
-    """What is shipped, with this test's ports and certificate."""
+def write_nginx_configuration(folder: Path, port: int, upstream: int, locations: str) -> Path:
+    """What is shipped, with this test's ports and certificate, and `locations` in the place of its own."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
@@ -184,6 +198,10 @@ def write_nginx_configuration(folder: Path, port: int, upstream: int) -> Path:
     }.items():
         assert old in text
         text = text.replace(old, new)
+    if locations:
+        text, count = re.subn(r"    location (/|= /metrics) \{\n.*?\n    \}\n", "", text, flags=re.DOTALL)
+        assert count == 2
+        text = text.replace("    error_page 403", f"{locations}\n    error_page 403")
     folders = [f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi")]
     folders += [f"{kind}_temp_path {folder}/{kind};" for kind in ("uwsgi", "scgi")]
     user = "user root;" if os.geteuid() == 0 else ""
@@ -196,9 +214,9 @@ def write_nginx_configuration(folder: Path, port: int, upstream: int) -> Path:
 
 
 @contextmanager
-def nginx(folder: Path, port: int, upstream: int) -> Iterator[None]:
+def nginx(folder: Path, port: int, upstream: int, locations: str = "") -> Iterator[None]:
     """nginx running in the folder until the end."""
-    configuration = write_nginx_configuration(folder, port, upstream)
+    configuration = write_nginx_configuration(folder, port, upstream, locations)
     program = str(shutil.which("nginx", path=PATH))
     with subprocess.Popen([program, "-p", folder, "-c", configuration], stderr=subprocess.PIPE) as process:
         try:

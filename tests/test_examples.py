@@ -161,7 +161,7 @@ def test_the_api_refuses_as_rfc_6750_says(lanyard: Server, issuer: str, api: str
         ({"Authorization": good["Authorization"][:-8] + "AAAAAAAA"}, invalid),
         (bearer(lanyard, agent), invalid),  # for Lanyard itself
         (sign(lanyard, aud=api, typ="JWT"), invalid),
-        (sign(lanyard, aud=api, exp=int(time.time())), invalid),
+        (sign(lanyard, aud=api, exp=int(time.time()) - 31), invalid),
         (sign(lanyard, aud=api, iss="http://localhost:1"), invalid),
         (sign(lanyard), invalid),
         (
@@ -224,7 +224,7 @@ def test_the_mcp_server_refuses_as_rfc_6750_says(lanyard: Server, mcp: str) -> N
         ({"Authorization": "Bearer x.y.z"}, (401, "invalid_token")),
         (bearer(lanyard, agent), (401, "invalid_token")),  # for Lanyard itself
         (sign(lanyard, aud=mcp, typ="JWT"), (401, "invalid_token")),
-        (sign(lanyard, aud=mcp, exp=int(time.time())), (401, "invalid_token")),
+        (sign(lanyard, aud=mcp, exp=int(time.time()) - 31), (401, "invalid_token")),
         (bearer(lanyard, agent, resource=mcp, scope="write"), (403, "insufficient_scope")),
     ):
         answer = requests.post(mcp, json={}, headers=headers)
