@@ -7,6 +7,7 @@ monkey.patch_all()
 
 import errno
 import gc
+import logging
 import os
 import resource
 import socket
@@ -48,6 +49,9 @@ loglevel = "warning"
 # For --access-logfile: no path, query, referer or user name, which may hold a credential by mistake.
 # LANYARD_ACCESS_LOG logs routes and callers.
 access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
+# gunicorn quotes what it cannot parse, which may hold a credential too.
+_QUOTING = ("Invalid request from ip=", "Ignored premature client disconnection.")
+logging.getLogger("gunicorn.error").addFilter(lambda record: not record.getMessage().startswith(_QUOTING))
 
 
 def on_starting(server: Any) -> None:

@@ -313,7 +313,7 @@ class Server:
                 requests.get(f"{self.url}/health", timeout=1)
                 if len(self.workers()) == self.worker_count:
                     return self
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 pass
             time.sleep(0.05)
         raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
