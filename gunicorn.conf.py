@@ -7,6 +7,7 @@ monkey.patch_all()
 
 import errno
 import gc
+import logging
 import os
 import resource
 import socket
@@ -33,7 +34,7 @@ except SettingError as error:
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers
 worker_class = "gevent"
-worker_connections = 10_000
+worker_connections = 5_000  # of each worker, 15 to 40 kB each
 # Seconds that a connection may be idle, and that a request's head may take. Longer than proxies and clients
 # keep theirs (nginx 60, Go 90): on a connection that the server closes first, a request fails now and then.
 keepalive = 95
@@ -52,6 +53,9 @@ loglevel = "warning"
 # For --access-logfile: no path, query, referer or user name, which may hold a credential by mistake.
 # LANYARD_ACCESS_LOG logs routes and callers.
 access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
+# gunicorn quotes what it cannot parse, which may hold a credential too.
+_QUOTING = ("Invalid request from ip=", "Ignored premature client disconnection.")
+logging.getLogger("gunicorn.error").addFilter(lambda record: not record.getMessage().startswith(_QUOTING))
 
 
 def on_starting(server: Any) -> None:
@@ -125,12 +129,13 @@ def post_request(worker: Any, request: Any, environ: Any, response: Any) -> None
 
 
 def _exit_when_idle(worker: Any) -> None:
-    """Exit soon after SIGTERM: gunicorn would wait for idle connections until its graceful timeout."""
+    """Exit soon after SIGTERM: gunicorn would wait for idle connections until it kills the worker."""
     while worker.alive:
         gevent.sleep(0.1)
     gevent.sleep(2)  # gunicorn closes its listeners within a second; answer what was sent by then
-    while worker.in_progress:
-        gevent.sleep(0.1)
+    with gevent.Timeout(5, False):
+        while worker.in_progress:
+            gevent.sleep(0.1)
     sys.exit(0)
 
 

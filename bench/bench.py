@@ -87,26 +87,22 @@ def warm(server: Server, client_ids: list[str], secret: str) -> Target:
 def speed(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
     """Each operation beside the empty route, alternating."""
     empty = start(started, folder / "empty", "empty:app", "/")
-    # What Flask users have otherwise: Lanyard's own worker makes the floor rise, too.
-    plain = start(started, folder / "gthread", "empty:app", "/", "--worker-class", "gthread")
     target = new_target(start(started, folder / "lanyard"))
-    rows: dict[tuple[str, int], list[tuple[Result, float, float]]] = {}
+    rows: dict[tuple[str, int], list[tuple[Result, float]]] = {}
     for count, connections in rounds(options):
         floor = ask(options, empty.url, EMPTY, connections)
-        gthread = ask(options, plain.url, EMPTY, connections)
-        found = {"empty route": floor, "empty route, gthread": gthread}
+        found = {"empty route": floor}
         for name, load in target.loads(connections).items():
             if name in options.only:
                 found[name] = ask(options, target.server.url, load, connections)
         for name, result in found.items():
-            shares = (result.rate / floor.rate, result.rate / gthread.rate)
-            rows.setdefault((name, connections), []).append((result, *shares))
+            rows.setdefault((name, connections), []).append((result, result.rate / floor.rate))
         progress(f"round {count}, {connections} connections")
-    print("\n| operation | connections | requests/s | p50 ms | p99 ms | errors | of empty | of gthread's |")
-    print("| --- | --: | --: | --: | --: | --: | --: | --: |")
+    print("\n| operation | connections | requests/s | p50 ms | p99 ms | errors | of empty |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
     for (name, connections), several in rows.items():
-        shares = " | ".join(f"{median(several, index):.2f}" for index in (1, 2))
-        print(f"| {name} | {connections} | {cells([one[0] for one in several])} | {shares} |")
+        share = statistics.median(one[1] for one in several)
+        print(f"| {name} | {connections} | {cells([one[0] for one in several])} | {share:.2f} |")
 
 
 def stored(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
@@ -206,11 +202,9 @@ class guessing:
         self._pool.shutdown()
 
 
-def start(
-    started: ExitStack, instance: Path, app: str = "wsgi:app", path: str = "/health", *options: str
-) -> Server:
+def start(started: ExitStack, instance: Path, app: str = "wsgi:app", path: str = "/health") -> Server:
     """A server that stops when all is done."""
-    server = Server(instance, app, path, *options)
+    server = Server(instance, app, path)
     started.callback(server.stop)
     return server
 
@@ -231,11 +225,6 @@ def cells(found: list[Result]) -> str:
     middle = [statistics.median(getattr(result, name) for result in found) for name in ("rate", "p50", "p99")]
     errors = sum(result.errors for result in found)
     return f"{middle[0]:,.0f} | {middle[1]:.1f} | {middle[2]:.1f} | {errors}"
-
-
-def median(found: list[tuple[Result, float, float]], index: int) -> float:
-    """The median of one of each run's shares."""
-    return statistics.median(float(one[index]) for one in found)  # type: ignore[arg-type]
 
 
 def told_memory(server: Server) -> str:

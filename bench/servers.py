@@ -20,7 +20,7 @@ OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
 class Server:
     """gunicorn with Lanyard's own configuration on a free port, until `stop()`."""
 
-    def __init__(self, instance: Path, app: str = "wsgi:app", path: str = "/health", *options: str) -> None:
+    def __init__(self, instance: Path, app: str = "wsgi:app", path: str = "/health") -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -29,9 +29,9 @@ class Server:
         mine = {"INSTANCE": str(instance), "PORT": str(port), "HOST": "127.0.0.1", "ADMIN_TOKEN": ADMIN_TOKEN}
         env = {name: value for name, value in os.environ.items() if not name.startswith("LANYARD_")}
         env |= {f"LANYARD_{name}": value for name, value in mine.items()}
-        # Settings to try out: BENCH_THREADS=1 is the server's LANYARD_THREADS.
+        # Settings to try out: BENCH_WORKERS=1 is the server's LANYARD_WORKERS.
         env |= {f"LANYARD_{n[6:]}": value for n, value in os.environ.items() if n.startswith("BENCH_")}
-        command = [sys.executable, "-m", "gunicorn", "--pythonpath", str(HERE), *options, app]
+        command = [sys.executable, "-m", "gunicorn", "--pythonpath", str(HERE), app]
         started = time.monotonic()
         with (instance / "server.log").open("w") as log:
             self.process = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=log, stderr=log)

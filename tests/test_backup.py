@@ -78,9 +78,7 @@ def rows_of(folder: Path, **variables: str) -> dict[str, list[Any]]:
     engine = sa.create_engine(database.backend(settings).url(settings), poolclass=sa.NullPool)
     with engine.connect() as connection:
         return {
-            table.name: sorted(
-                map(tuple, connection.execute(sa.select(*map(stored, table.columns)))), key=str
-            )
+            table.name: sorted(map(tuple, connection.execute(select_stored(table))), key=str)
             for table in Base.metadata.sorted_tables
         }
 

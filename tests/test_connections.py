@@ -73,7 +73,7 @@ def memory(server: Server) -> int:
 
 def register(server: Server) -> dict[str, Any]:
     body = {"name": "an agent", "scopes": ["read", "write"]}
-    return dict(requests.post(f"{server.url}/api/agents", json=body, timeout=10).json())
+    return dict(requests.post(f"{server.url}/api/agents", json=body, timeout=60).json())
 
 
 def agent_form(agent: dict[str, Any]) -> dict[str, str]:
@@ -232,14 +232,14 @@ def test_a_request_that_never_ends_is_given_up(serve: Callable[..., Server], tmp
 
 
 def test_a_hash_that_takes_long_does_not_stop_the_others(serve: Callable[..., Server]) -> None:
-    running = serve(WORKERS="1", LOCAL="1", BCRYPT_COST="13").wait()  # about half a second
+    running = serve(WORKERS="1", LOCAL="1", BCRYPT_COST="12").wait()  # a quarter of a second
     with ThreadPoolExecutor(3) as pool:
         started = time.monotonic()
         creating = [pool.submit(register, running) for _ in range(3)]
         time.sleep(0.1)
         slowest = slowest_of(running, 10)
         assert not all(one.done() for one in creating)
-        assert all("client_secret" in one.result(30) for one in creating)
+        assert all("client_secret" in one.result(60) for one in creating)
         taken = time.monotonic() - started
     assert slowest < taken / 4
 
@@ -328,16 +328,16 @@ def test_a_request_whose_end_two_could_see_differently_is_refused_at_once(
 def test_idle_connections_do_not_hold_up_a_stop(serve: Callable[..., Server], tmp_path: Path) -> None:
     running = serve().wait()
     with ExitStack() as open_connections:
-        for sent in (b"", TOKEN, HEALTH):
+        for sent in (b"", TOKEN, HEALTH, TOKEN + b"Content-Length: 100\r\n\r\n{"):
             open_connections.enter_context(connect(running, sent))
         time.sleep(0.2)
         started = time.monotonic()
         running.stop()
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 9.5
 
 
 def test_a_request_in_progress_is_answered_before_a_stop(serve: Callable[..., Server]) -> None:
-    running = serve(WORKERS="1", LOCAL="1", BCRYPT_COST="13").wait()
+    running = serve(WORKERS="1", LOCAL="1", BCRYPT_COST="12").wait()
     with ThreadPoolExecutor(1) as pool:
         creating = pool.submit(register, running)
         time.sleep(0.2)

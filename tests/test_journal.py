@@ -250,13 +250,14 @@ class Session:
         self.call("DELETE", path, headers=self.admin)
 
     def break_http(self, server: Server) -> None:
-        """What the worker refuses by itself."""
+        """What gunicorn refuses by itself: it is in no log."""
         for text in ("GET /?t=%s", "%s / HTTP/1.1\r\n", "GET / HTTP/1.1\r\n%s \r\n", "GET /%s" + "a" * 5000):
             sent = (text % self.wrong("cs_")).encode() + b"\r\n\r\n"
             with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
                 connection.sendall(sent)
                 assert connection.recv(65536).startswith(b"HTTP/1.1 4")
-            self.count += 1
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(sent[:-4])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_no_secret_of_a_whole_session_is_in_any_log(
         lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
         # All others waited for the server to start, as long as that took; one of the session asks there too.
         assert len([line for line in lines if line["route"] != "/health"]) == session.count - 1
-        assert {200, 201, 204, 400, 401, 403, 404, 414, 415} <= {line["status"] for line in lines}
+        assert {200, 201, 204, 400, 401, 403, 404, 415} <= {line["status"] for line in lines}
     assert len(session.secrets) > 40
     for secret in session.secrets:
         encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
