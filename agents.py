@@ -14,19 +14,26 @@ import clock
 import credentials
 import events
 import schemas
+from api import AGENT, OPERATOR, Blueprint
 from database import newest_page, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, db, has_word
-from wire import Blueprint, Problem
+from wire import Problem
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
+_NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
+_EXPIRED = "This agent has expired: give it a new expires_in first."
 # An id is a UUID. `me` is shorter: what it does not answer is a 405, and not the operator's business.
 _ONE = "/<string(minlength=3):agent_id>"
 
-management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")
+management = Blueprint(
+    "agents", __name__, url_prefix="/api/agents", description="Agents (management)", security=OPERATOR
+)
 management.before_request(bearer.require_operator)
 
-self_service = Blueprint("me", __name__, url_prefix="/api/agents/me", description="An agent on itself")
+self_service = Blueprint(
+    "me", __name__, url_prefix="/api/agents/me", description="Self-service of an agent", security=AGENT
+)
 self_service.before_request(bearer.require_agent)
 
 
@@ -34,7 +41,10 @@ self_service.before_request(bearer.require_agent)
 @management.arguments(schemas.AgentCreate)
 @management.response(201, schemas.AgentCreated)
 def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Register an agent; its client secret is in this answer and never in another."""
+    """Register an agent.
+
+    The response is the only one that holds its client secret.
+    """
     created = create(fields)
     return created, 201, {"Location": f"/api/agents/{created['agent'].id}"}
 
@@ -43,22 +53,26 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
 @management.arguments(schemas.AgentQuery, location="query")
 @management.response(200, schemas.AgentPage)
 def list_agents(query: dict[str, Any]) -> dict[str, Any]:
-    """Agents, newest first; `next` is the `after` of the page that follows."""
+    """List agents, newest first."""
     return page(query)
 
 
 @management.get(_ONE)
 @management.response(200, schemas.AgentAnswer)
 def show_agent(agent_id: str) -> dict[str, Agent]:
-    """One agent."""
+    """Get an agent."""
     return {"agent": find(agent_id)}
 
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
 @management.response(200, schemas.AgentAnswer)
+@management.errors(409, conflict="This agent proves itself by its keys: give it others, not none.")
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
-    """Change what is given, leave the rest."""
+    """Change an agent.
+
+    Fields left out stay as they are.
+    """
     with writing():
         agent = find(agent_id)
         _set_fields(agent, fields)
@@ -69,15 +83,17 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
 @management.delete(_ONE)
 @management.response(204)
 def delete_agent(agent_id: str) -> None:
-    """Delete the agent and all its tokens."""
+    """Delete an agent and all its tokens."""
     delete_by_operator(agent_id)
 
 
 @management.post(_ONE)
 @management.arguments(schemas.Action)
 @management.response(200)
+@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentAnswer]})
+@management.errors(409, conflict=_EXPIRED)
 def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Rotate, deactivate or reactivate, as `action` says."""
+    """Rotate, deactivate or reactivate an agent, by the name of the action."""
     action = fields.pop("action")
     if action == "rotate":
         rotated: dict[str, Any] = schemas.Rotated().dump(rotate_by_operator(agent_id, fields))
@@ -90,8 +106,9 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.post(_ONE + "/rotate")
 @management.arguments(schemas.Rotate)
 @management.response(200, schemas.Rotated)
+@management.errors(409, conflict=_NO_SECRET)
 def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
-    """Give the agent a new client secret."""
+    """Give an agent a new client secret."""
     return rotate_by_operator(agent_id, fields)
 
 
@@ -99,22 +116,23 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
-    """Switch the agent off: the kill switch."""
+    """Deactivate an agent and end all its tokens."""
     return change(agent_id, deactivate)
 
 
 @management.post(_ONE + "/reactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
+@management.errors(409, conflict=_EXPIRED)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Agent]:
-    """Bring the agent back, but none of its old tokens."""
+    """Reactivate an agent. Its old tokens stay dead."""
     return change(agent_id, reactivate)
 
 
 @management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
 def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
-    """The agent's live client secrets, without their text."""
+    """List an agent's live client secrets, without their text."""
     statement = _live_secrets(find(agent_id)).order_by(ClientSecret.pk.desc())
     return {"secrets": db.session.scalars(statement).all()}
 
@@ -122,7 +140,7 @@ def list_secrets(agent_id: str) -> dict[str, Sequence[ClientSecret]]:
 @management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
-    """Remove one client secret at once."""
+    """Delete a client secret at once."""
     with writing():
         agent = find(agent_id)
         secret = db.session.scalar(_live_secrets(agent).where(ClientSecret.id == secret_id))
@@ -136,14 +154,14 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 @self_service.get("")
 @self_service.response(200, schemas.AgentAnswer)
 def show_me() -> dict[str, Any]:
-    """The agent whose token this is."""
+    """Get the calling agent."""
     return {"agent": bearer.current_agent()}
 
 
 @self_service.get("/usage")
 @self_service.response(200, schemas.Usage)
 def show_my_usage() -> dict[str, Any]:
-    """What the agent did: totals, rotations, and the last thirty days."""
+    """Get the calling agent's usage: totals, rotations, and the last thirty days."""
     agent = bearer.current_agent()
     return {
         "token_count": agent.token_count,
@@ -158,6 +176,7 @@ def show_my_usage() -> dict[str, Any]:
 @self_service.post("/rotate")
 @self_service.arguments(schemas.Rotate)
 @self_service.response(200, schemas.Rotated)
+@self_service.errors(409, conflict=_NO_SECRET)
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
     secret = credentials.checker().make()
@@ -170,7 +189,7 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 @self_service.arguments(schemas.Nothing)
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
-    """Switch the calling agent off; only an operator can bring it back."""
+    """Deactivate the calling agent. Only an operator can reactivate it."""
     with writing():
         agent = _myself()
         deactivate(agent)
@@ -223,9 +242,7 @@ def rotate(
     :param revoke_tokens: end every token of the agent, for a leak.
     """
     if agent.token_endpoint_auth_method == "private_key_jwt":
-        raise Problem(
-            409, "conflict", "This agent has no client secret: PATCH its jwks to give it other keys."
-        )
+        raise Problem(409, "conflict", _NO_SECRET)
     now = clock.now()
     if grace_period:
         ends_at = now + timedelta(seconds=grace_period)
@@ -257,7 +274,7 @@ def reactivate(agent: Agent) -> None:
     """Switch the agent on again; in the caller's transaction."""
     now = clock.now()
     if agent.expires_at is not None and agent.expires_at <= now:
-        raise Problem(409, "conflict", "This agent has expired: give it a new expires_in first.")
+        raise Problem(409, "conflict", _EXPIRED)
     if not agent.is_active:
         agent.is_active = True
         agent.updated_at = now

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, current_app, jsonify
 from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
@@ -22,6 +22,7 @@ import cli
 import complaints
 import credentials
 import database
+import docs_page
 import events
 import headers
 import housekeeping
@@ -31,18 +32,19 @@ import management
 import metadata
 import metrics
 import oauth
-import openapi
+import oauth_schemas
 import prepared
-import reference
 import tally
 import vault
 import webhooks
+from api import Api, Blueprint
 from config import HERE, VERSION, SettingError, Settings
-from wire import MAX_BODY, Blueprint, Problem
+from config import settings as current_settings
+from wire import MAX_BODY, Problem
 
 log = logging.getLogger("lanyard")
 
-service = Blueprint("service", __name__, description="The service itself")
+service = Blueprint("service", __name__, description="Service")
 
 # RFC 6749 names the OAuth codes; these are for what HTTP itself refuses.
 _HTTP_ERRORS = {
@@ -118,8 +120,9 @@ def _fill_database(serving: bool, is_first: bool) -> None:
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
 @service.get("/", strict_slashes=False)
+@service.response(200, oauth_schemas.About)
 def about() -> dict[str, Any]:
-    """Name, version, links."""
+    """Get the name, the version and the paths."""
     return {
         "name": "Lanyard",
         "version": VERSION,
@@ -141,14 +144,17 @@ def about() -> dict[str, Any]:
 
 
 @service.get("/health")
+@service.response(200, oauth_schemas.Status)
 def health() -> dict[str, str]:
-    """Answers while the process lives."""
+    """Answer 200 while the process lives."""
     return {"status": "ok"}
 
 
 @service.get("/health/ready")
+@service.response(200, oauth_schemas.Status)
+@service.errors(503)
 def ready() -> dict[str, str]:
-    """Answers 200 when the database gives a write lock and there is a key to sign with."""
+    """Answer 200 when the database gives a write lock and there is a signing key."""
     with database.writing(durable=False) as connection:
         newest = connection.scalar(sa.select(keys.NEWEST_KEY))
         if newest is None:
@@ -158,14 +164,26 @@ def ready() -> dict[str, str]:
     return {"status": "ready"}
 
 
+@service.get("/openapi.json")
+@service.cached({"type": "object"})
+def openapi() -> Response:
+    """Get this document."""
+    return metadata.answer(metadata.document(_openapi, current_settings()), metadata.MAX_AGE)
+
+
+def _openapi(settings: Settings) -> dict[str, Any]:
+    api = Api(current_app, version=VERSION, issuer=settings.issuer, local=settings.local)
+    return api.document()
+
+
 def _register_routes(app: Flask) -> None:
     # In the order in which the documents tell of them.
     for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.room):
         app.register_blueprint(blueprint)
     for blueprint in (management.keys_room, management.event_log, metadata.blueprint, service):
         app.register_blueprint(blueprint)
-    for blueprint in (metrics.room, openapi.blueprint, reference.blueprint):
-        app.register_blueprint(blueprint)
+    app.register_blueprint(metrics.room)
+    app.register_blueprint(docs_page.blueprint)
 
 
 def _register_error_handlers(app: Flask) -> None:

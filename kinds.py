@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -25,14 +26,22 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 class Text(fields.String):
     """A string of `min` to `max` characters that are not all spaces; one line unless `lines`."""
 
-    def __init__(self, *, max: int, min: int = 1, lines: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.validators = [Length(min=min, max=max), *self.validators]
-        self._lines = lines
-        # The rules of _deserialize once more, as OpenAPI tells them (ECMA 262).
+    def __init__(
+        self,
+        *,
+        max: int,
+        min: int = 1,
+        lines: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The rules of _deserialize as a pattern (ECMA 262), for the OpenAPI document.
         control = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f" if lines else r"\x00-\x1f\x7f"
         visible = rf"[^{control}]*[^\s{control}][^{control}]*"
-        self.pattern = rf"^{visible}$" if min else rf"^({visible})?$"
+        pattern = rf"^{visible}$" if min else rf"^({visible})?$"
+        super().__init__(metadata={"pattern": pattern, **(metadata or {})}, **kwargs)
+        self.validators = [Length(min=min, max=max), *self.validators]
+        self._lines = lines
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, attr, data, **kwargs)
@@ -80,6 +89,7 @@ def scope() -> Text:
     """A scope token, RFC 6749 §3.3."""
     return Text(
         max=128,
+        metadata={"pattern": r"^[\x21\x23-\x5b\x5d-\x7e]+$"},
         validate=Regexp(r"[\x21\x23-\x5b\x5d-\x7e]+\Z", error="Not a scope token of RFC 6749, section 3.3."),
     )
 
@@ -96,8 +106,33 @@ def audience() -> Text:
     )
 
 
+_NUMBER = {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}  # base64url, RFC 7518 §6
+
+
+def _jwk_schema(kty: str, *numbers: str, **members: Any) -> dict[str, Any]:
+    properties: dict[str, Any] = {"kty": {"const": kty}, **members, **dict.fromkeys(numbers, _NUMBER)}
+    required = list(properties)
+    properties |= {"use": {"const": "sig"}, "d": {"not": {}}}  # a `d` makes a private key
+    return {"type": "object", "required": required, "properties": properties}
+
+
+_JWKS = [
+    _jwk_schema("RSA", "n", "e"),
+    _jwk_schema("EC", "x", "y", crv={"const": "P-256"}),
+    _jwk_schema("OKP", "x", crv={"const": "Ed25519"}),
+]
+_JWK_SET = {
+    "required": ["keys"],
+    "properties": {"keys": {"type": "array", "minItems": 1, "maxItems": 8, "items": {"oneOf": _JWKS}}},
+    "additionalProperties": False,
+}
+
+
 class PublicKeys(fields.Field[dict[str, Any]]):
     """A JWK set (RFC 7517 §5) of 1 to 8 public keys that `private_key_jwt` can use."""
+
+    def __init__(self, *, metadata: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(metadata={**_JWK_SET, **metadata}, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or set(value) != {"keys"} or not isinstance(value["keys"], list):

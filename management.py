@@ -9,18 +9,20 @@ import sqlalchemy as sa
 import bearer
 import keys
 import schemas
+from api import OPERATOR, Blueprint
 from database import newest_page, writing
 from models import Event
-from wire import Blueprint
 
-keys_room = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
+keys_room = Blueprint(
+    "keys", __name__, url_prefix="/api/keys", description="Signing keys (management)", security=OPERATOR
+)
 keys_room.before_request(bearer.require_operator)
 
 
 @keys_room.get("")
 @keys_room.response(200, schemas.KeyList)
 def list_keys() -> dict[str, Any]:
-    """The signing keys, newest first, and where each is in its life."""
+    """List the signing keys, newest first."""
     return {"keys": keys.list_keys()}
 
 
@@ -28,14 +30,19 @@ def list_keys() -> dict[str, Any]:
 @keys_room.arguments(schemas.KeyRotation)
 @keys_room.response(200, schemas.KeyAnswer)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
-    """Publish a new key, which signs once every verifier can know it; at once, for a leak, with `now`."""
+    """Make a new signing key.
+
+    It is published first and signs when every verifier can know it. With `now` it signs at once.
+    """
     with writing():
         keys.rotate(at_once=fields["now"])
         newest = keys.list_keys()[0]
     return {"key": newest}
 
 
-event_log = Blueprint("events", __name__, url_prefix="/api/events", description="What happened (management)")
+event_log = Blueprint(
+    "events", __name__, url_prefix="/api/events", description="Audit log (management)", security=OPERATOR
+)
 event_log.before_request(bearer.require_operator)
 
 
@@ -43,7 +50,7 @@ event_log.before_request(bearer.require_operator)
 @event_log.arguments(schemas.EventQuery, location="query")
 @event_log.response(200, schemas.EventPage)
 def list_events(query: dict[str, Any]) -> dict[str, Any]:
-    """What happened, newest first; `next` is the `after` of the page that follows."""
+    """List events, newest first."""
     statement = sa.select(Event)
     if query["agent_id"] is not None:
         statement = statement.where(Event.agent_id == query["agent_id"])

@@ -12,14 +12,15 @@ from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
 from flask import Flask, Response, request
 
 import keys
+import oauth_schemas
+from api import Blueprint
 from bearer import ADMIN_SCOPE
 from clients import ASSERTION_ALGORITHMS, AUTH_METHODS
 from config import Settings, settings
-from wire import Blueprint
 
 MAX_AGE = 3600  # seconds
 
-blueprint = Blueprint("well_known", __name__, description="What the server says of itself")
+blueprint = Blueprint("well_known", __name__, description="Discovery")
 
 
 class Metadata(AuthorizationServerMetadata):
@@ -33,21 +34,28 @@ class Metadata(AuthorizationServerMetadata):
 
 
 @blueprint.get("/.well-known/oauth-authorization-server")
-@blueprint.get("/.well-known/openid-configuration")
+@blueprint.get("/.well-known/openid-configuration", endpoint="openid_configuration")
+@blueprint.cached(oauth_schemas.ServerMetadata)
 def authorization_server() -> Response:
-    """RFC 8414; many clients look for it only where OpenID Connect has it."""
+    """Get the authorization server's metadata (RFC 8414).
+
+    Many clients look for it only at the path of OpenID Connect.
+    """
     return answer(document(_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/oauth-protected-resource")
+@blueprint.cached(oauth_schemas.ResourceMetadata)
 def protected_resource() -> Response:
-    """RFC 9728: who gives out the tokens that Lanyard's own API takes."""
+    """Get the metadata of Lanyard's own API (RFC 9728): which server issues its tokens."""
     return answer(document(_resource_metadata, settings()), MAX_AGE)
 
 
 @blueprint.get("/.well-known/jwks.json")
+@blueprint.cached(oauth_schemas.KeySet)
+@blueprint.errors(503)
 def jwks() -> Response:
-    """The public keys (RFC 7517 §5)."""
+    """Get the public keys that verify access tokens (RFC 7517 §5)."""
     return answer(document(_key_set, keys.published()), keys.JWKS_MAX_AGE)
 
 

@@ -27,21 +27,22 @@ import clock
 import database
 import keys
 import processes
+from api import OPERATOR, Blueprint
 from config import VERSION, settings
 from models import Agent, Delivery, Event, RefreshFamily, Webhook, db
 from tally import BUCKETS, Timing, tally
-from wire import Blueprint
 
 _EXTENSION = "lanyard.metrics"
 KEPT = 15.0  # seconds a worker keeps what it counted row by row: some 70 ms at a million refresh tokens
 
-room = Blueprint("metrics", __name__, description="Metrics")
+room = Blueprint("metrics", __name__, description="Metrics", security=OPERATOR)
 room.before_request(bearer.require_operator)
 
 
 @room.get("/metrics")
+@room.response(200, {"type": "string"}, content_type="text/plain")
 def show_metrics() -> Response:
-    """Everything, in Prometheus' text format."""
+    """Get all metrics in Prometheus' text format."""
     registry: CollectorRegistry = current_app.extensions[_EXTENSION]
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 

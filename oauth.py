@@ -21,10 +21,12 @@ from flask import Flask, Request, Response, current_app, jsonify, request
 import clients
 import events
 import introspection
+import oauth_schemas
 import tally
 import tokens
+from api import ANY_CALLER, CLIENT, Blueprint
 from config import Settings, settings
-from wire import Blueprint, is_text, parse_json, read_body
+from wire import is_text, parse_json, read_body
 
 _EXTENSION = "lanyard.oauth"
 # Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
@@ -41,36 +43,65 @@ _PARAMETERS = (
 )
 _NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_token", "token")
 
-blueprint = Blueprint("oauth", __name__, description="Tokens")
+blueprint = Blueprint("oauth", __name__, description="Tokens", security=CLIENT)
+
+_BAD_GRANT = {
+    "invalid_grant": "The refresh token is unknown, expired, revoked or already used.",
+    "invalid_scope": "The scope asks for more than this agent has.",
+    "invalid_target": "The resource is not one of this agent's audiences.",
+    "unsupported_grant_type": "The grant types here are client_credentials and refresh_token.",
+}
+_BAD_CLIENT = {"invalid_client": "Client authentication failed: check client_id and client_secret."}
+_BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, was revoked or is malformed."}
 
 
 @blueprint.post("/oauth/token")
+@blueprint.form(oauth_schemas.TokenRequest)
+@blueprint.response(200, oauth_schemas.Token)
+@blueprint.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
+@blueprint.errors(401, **_BAD_CLIENT)
 def token() -> Response:
     """Trade client credentials or a refresh token for an access token."""
     return _answer(TokenRequest())
 
 
 @blueprint.post("/oauth/refresh")
+@blueprint.form(oauth_schemas.RefreshRequest)
+@blueprint.response(200, oauth_schemas.Token)
+@blueprint.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
+@blueprint.errors(401, **_BAD_CLIENT)
 def refresh() -> Response:
-    """`/oauth/token` for refresh tokens only; `grant_type` may be left out."""
+    """Trade a refresh token for new tokens; `grant_type` may be left out."""
     return _answer(TokenRequest(only_grant_type="refresh_token"))
 
 
 @blueprint.post("/oauth/introspect")
+@blueprint.doc(security=ANY_CALLER)
+@blueprint.form(oauth_schemas.TokenQuestion)
+@blueprint.response(200, oauth_schemas.Introspected)
+@blueprint.errors(400, invalid_request="Send token.")
+@blueprint.errors(401, **_BAD_CALLER)
 def introspect() -> Response:
-    """Whether a token is good, and whose it is (RFC 7662)."""
+    """Introspect a token (RFC 7662)."""
     return _answer_at("introspection")
 
 
 @blueprint.post("/oauth/revoke")
+@blueprint.doc(security=ANY_CALLER)
+@blueprint.form(oauth_schemas.TokenQuestion)
+@blueprint.response(200, oauth_schemas.Revoked)
+@blueprint.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
+@blueprint.errors(401, **_BAD_CALLER)
 def revoke() -> Response:
-    """End a token (RFC 7009)."""
+    """Revoke a token (RFC 7009)."""
     return _answer_at("revocation")
 
 
 @blueprint.get("/oauth/authorize")
+@blueprint.doc(security=[])
+@blueprint.errors(400, unsupported_response_type="Lanyard has no authorization endpoint.")
 def authorize() -> Response:
-    """There is nobody to ask: agents act for themselves."""
+    """Refuse every authorization request: agents act for themselves, and nobody is asked."""
     raise UnsupportedResponseType()
 
 

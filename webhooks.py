@@ -17,21 +17,26 @@ import schemas
 import vault
 import waiting
 import wall
+from api import OPERATOR, Blueprint
 from config import settings
 from database import newest_page, writing
 from models import Delivery, Webhook, db
-from wire import Blueprint, Problem, is_text
+from wire import Problem, is_text
 
 MAX_RETRIES = 9  # as many as the schedule has
 
-room = Blueprint("webhooks", __name__, url_prefix="/api", description="Webhooks (management)")
+_SWITCHED_OFF = "This webhook is switched off: PATCH it with is_active true first."
+
+room = Blueprint(
+    "webhooks", __name__, url_prefix="/api", description="Webhooks (management)", security=OPERATOR
+)
 room.before_request(bearer.require_operator)
 
 
 @room.get("/webhook-events")
 @room.response(200, schemas.EventTypes)
 def list_event_types() -> dict[str, Sequence[str]]:
-    """What a webhook may subscribe to."""
+    """List the event types and groups that a webhook may subscribe to."""
     return {"events": events.TYPES, "groups": events.GROUPS}
 
 
@@ -39,7 +44,10 @@ def list_event_types() -> dict[str, Sequence[str]]:
 @room.arguments(schemas.WebhookCreate)
 @room.response(201, schemas.WebhookCreated)
 def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Make a webhook; its secret is in this answer and never in another."""
+    """Create a webhook.
+
+    The response is the only one that holds its secret.
+    """
     _check_url(fields)
     secret = credentials.new_webhook_secret()
     now = clock.now()
@@ -55,14 +63,14 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
 @room.get("/webhooks")
 @room.response(200, schemas.WebhookList)
 def list_webhooks() -> dict[str, Any]:
-    """All webhooks, newest first."""
+    """List all webhooks, newest first."""
     return {"webhooks": everyone()}
 
 
 @room.get("/webhooks/<webhook_id>")
 @room.response(200, schemas.WebhookAnswer)
 def show_webhook(webhook_id: str) -> dict[str, Webhook]:
-    """One webhook."""
+    """Get a webhook."""
     return {"webhook": _find(webhook_id)}
 
 
@@ -70,7 +78,10 @@ def show_webhook(webhook_id: str) -> dict[str, Webhook]:
 @room.arguments(schemas.WebhookUpdate)
 @room.response(200, schemas.WebhookAnswer)
 def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Webhook]:
-    """Change what is given, leave the rest; one switched on again starts with a clean slate."""
+    """Change a webhook.
+
+    Fields left out stay as they are.
+    """
     _check_url(fields)
     with writing():
         webhook = _find(webhook_id)
@@ -88,7 +99,7 @@ def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Webhook
 @room.delete("/webhooks/<webhook_id>")
 @room.response(204)
 def delete_webhook(webhook_id: str) -> None:
-    """Delete the webhook with its deliveries."""
+    """Delete a webhook and its deliveries."""
     with writing():
         webhook = _find(webhook_id)
         db.session.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
@@ -99,7 +110,7 @@ def delete_webhook(webhook_id: str) -> None:
 @room.arguments(schemas.WebhookRotate)
 @room.response(200, schemas.WebhookSecret)
 def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, str]:
-    """Give the webhook a new secret; for the grace period both sign."""
+    """Give a webhook a new secret. Both sign during the grace period."""
     secret = credentials.new_webhook_secret()
     with writing():
         webhook = _find(webhook_id)
@@ -115,8 +126,9 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
 @room.post("/webhooks/<webhook_id>/test")
 @room.arguments(schemas.Nothing)
 @room.response(202, schemas.DeliveryAnswer)
+@room.errors(409, conflict=_SWITCHED_OFF)
 def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]:
-    """Send this webhook a `webhook.test` event, whatever it subscribes to."""
+    """Send a webhook a `webhook.test` event, whatever it subscribes to."""
     with writing():
         webhook = _switched_on(webhook_id)
         told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
@@ -130,22 +142,23 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]
 @room.arguments(schemas.DeliveryQuery, location="query")
 @room.response(200, schemas.DeliveryPage)
 def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
-    """What became of each event, newest first."""
+    """List a webhook's deliveries, newest first."""
     return page(webhook_id, query)
 
 
 @room.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
 @room.response(200, schemas.DeliveryAnswer)
 def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
-    """One delivery."""
+    """Get a delivery."""
     return {"delivery": _find_delivery(webhook_id, delivery_id)}
 
 
 @room.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/redeliver")
 @room.arguments(schemas.Nothing)
 @room.response(202, schemas.DeliveryAnswer)
+@room.errors(409, conflict=_SWITCHED_OFF)
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Delivery]:
-    """Send it again from the start, under the same id."""
+    """Send a delivery again, under the same id."""
     return send_again(webhook_id, delivery_id)
 
 
@@ -201,7 +214,7 @@ def _find(webhook_id: str) -> Webhook:
 def _switched_on(webhook_id: str) -> Webhook:
     webhook = _find(webhook_id)
     if not webhook.is_active:
-        raise Problem(409, "conflict", "This webhook is switched off: PATCH it with is_active true first.")
+        raise Problem(409, "conflict", _SWITCHED_OFF)
     return webhook
 
 

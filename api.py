@@ -1,0 +1,279 @@
+"""The OpenAPI document: flask-smorest's Api, and what a route declares for it beside its schemas."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import flask_smorest
+from flask import Flask
+from flask_smorest.spec.plugins import FlaskPlugin
+from flask_smorest.utils import prepare_response, resolve_schema_instance
+from marshmallow import EXCLUDE, Schema, fields
+from werkzeug.routing import Rule
+
+from kinds import PublicKeys, Timestamp, no_repeats
+from wire import MAX_BODY, Parser
+
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
+
+# Who may call: alternatives, each by the name of a security scheme.
+OPERATOR: list[dict[str, list[str]]] = [{"adminToken": []}, {"adminBasic": []}, {"accessToken": ["admin"]}]
+AGENT: list[dict[str, list[str]]] = [{"accessToken": []}]
+CLIENT: list[dict[str, list[str]]] = [{"clientBasic": []}, {}]  # {}: the credentials are in the body
+ANY_CALLER = [*CLIENT, *AGENT, *OPERATOR[:2]]
+
+_SECURITY_SCHEMES = {
+    "adminToken": ("bearer", "The operator's admin token."),
+    "adminBasic": ("basic", "The user `admin`, with the admin token as the password."),
+    "accessToken": ("bearer", "An agent's access token. Management needs its scope `admin`."),
+    "clientBasic": ("basic", "An agent's client id and secret, each form-encoded (RFC 6749 §2.3.1)."),
+}
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "X-Request-Id": ("The request's id: the caller's own, or a new one.", {"type": "string"}),
+    "Location": ("The path of the new resource.", {"type": "string", "format": "uri-reference"}),
+    "WWW-Authenticate": ("How to authenticate (RFC 6750 §3, RFC 7617 §2).", {"type": "string"}),
+    "Retry-After": ("Seconds to wait.", {"type": "integer", "minimum": 1}),
+    "ETag": ("Changes with the document.", {"type": "string"}),
+    "Cache-Control": ("How long the document may be cached.", {"type": "string"}),
+}
+_HEADERS_BY_STATUS = {201: "Location", 401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+# The error responses that routes share: a description, and an example for each code.
+_ERRORS: dict[int, tuple[str, dict[str, str]]] = {
+    400: ("The request is invalid.", {"invalid_request": "'name': Must not be blank."}),
+    401: (
+        "The credentials are missing or invalid.",
+        {
+            "unauthorized": "Send Authorization: Bearer with an access token.",
+            "invalid_token": "The access token has expired, was revoked or is malformed.",
+        },
+    ),
+    403: (
+        "The caller may not do this.",
+        {"insufficient_scope": "This needs an access token with the scope admin."},
+    ),
+    404: ("Nothing has this id.", {"not_found": "No agent has this id."}),
+    409: ("The current state does not allow this.", {}),
+    413: ("The body is too large.", {"payload_too_large": f"A body may hold at most {MAX_BODY} bytes."}),
+    415: ("The body is not JSON.", {"unsupported_media_type": "Send the body as application/json."}),
+    429: (
+        "Too many sign-ins have failed, or the agent has used up its `rate_limit`.",
+        {"too_many_requests": "Too many sign-ins have failed. Try again when Retry-After has passed."},
+    ),
+    503: (
+        "The database does not answer.",
+        {"temporarily_unavailable": "The database does not answer just now. Try again shortly."},
+    ),
+}
+_LOCAL_ERROR = {"forbidden": "Local mode does not answer a request from another machine."}
+_ABOUT = f"""Identity for AI agents: an OAuth 2.0 authorization server.
+
+Responses are JSON. Every error has the shape of the schema `Error`. Times are RFC 3339 in UTC.
+Durations are whole seconds. A body holds at most {MAX_BODY} bytes. Unknown fields of a management
+body are errors. Unknown OAuth parameters are ignored. A request may carry an `X-Request-Id` of 1 to 64
+letters, digits and `._-`; the response repeats it.
+
+Every path also answers 405, with `Allow`, to other methods, and 500 when the server fails. Unknown paths
+answer 404. Malformed HTTP is answered with 400, 408, 413, 414, 417, 431 or 501.
+"""
+
+
+def doc(description: str, *examples: Any, **others: Any) -> dict[str, Any]:
+    """Keyword arguments that document a field: its description, examples, and other JSON Schema keywords."""
+    shown = {"examples": list(examples)} if examples else {}
+    return {"metadata": {"description": description, **shown, **others}}
+
+
+class Error(Schema):
+    """The one shape of every error."""
+
+    class Meta:
+        """Later versions may add fields."""
+
+        unknown = EXCLUDE
+
+    error = fields.String(required=True, **doc("A code for programs."))
+    error_description = fields.String(required=True, **doc("A sentence for people: the problem, the remedy."))
+    fields_ = fields.Dict(
+        data_key="fields",
+        values=fields.List(fields.String()),
+        **doc("The problems of each invalid field.", {"name": ["Must not be blank."]}),
+    )
+
+
+class Blueprint(flask_smorest.Blueprint):
+    """flask-smorest's blueprint with strict parsing, and with security and errors in its documentation.
+
+    :param security: who may call its routes; `@bp.doc(security=…)` says so of one route.
+    """
+
+    ARGUMENTS_PARSER = Parser()
+
+    def __init__(self, *args: Any, security: list[dict[str, list[str]]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._security = security
+        self._prepare_doc_cbks.append(self._prepare_security_doc)
+
+    def errors(self, status: int, **examples: str) -> Callable[..., Any]:
+        """Document the error codes of a status, each with an example of its description.
+
+        Without examples: the codes that routes share. Not needed for what follows from the route itself:
+        see `_implied_errors`.
+        """
+        told = _error_response(status, examples) if examples else {"response": HTTPStatus(status).name}
+        decorator: Callable[..., Any] = self.alt_response(status, **told)
+        return decorator
+
+    def form(self, schema: type[Schema]) -> Callable[..., Any]:
+        """Document a form body that the view parses itself."""
+        body = {"description": "JSON is accepted too.", "content": {FORM: {"schema": schema}}}
+        decorator: Callable[..., Any] = self.doc(requestBody=body)
+        return decorator
+
+    def cached(self, schema: type[Schema] | dict[str, Any]) -> Callable[..., Any]:
+        """Document a cacheable response with an ETag, and the 304 for a client that has it."""
+        headers = {"ETag": "ETag", "Cache-Control": "Cache-Control"}
+
+        def decorate(view: Callable[..., Any]) -> Any:
+            view = self.response(200, schema, headers=headers)(view)
+            view = self.alt_response(304, description="Not modified.", headers=headers)(view)
+            return self.doc(parameters=["IF_NONE_MATCH"])(view)
+
+        return decorate
+
+    def _prepare_security_doc(self, doc: dict[str, Any], doc_info: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**doc, "security": self._security} if self._security else doc
+
+
+class Api(flask_smorest.Api):
+    """flask-smorest's Api, made for one document: the app registers its blueprints and error handlers itself.
+
+    Made when the document is first asked for: it takes 30 ms, which commands and tests do not spend.
+    """
+
+    DEFAULT_ERROR_RESPONSE_NAME = None
+
+    def __init__(self, app: Flask, *, version: str, issuer: str, local: bool) -> None:
+        self._local = local
+        options = {"title": "Lanyard", "version": version, "openapi_version": "3.1.0"}
+        details = {"info": {"description": _ABOUT}, "servers": [{"url": issuer}]}
+        super().__init__(app, spec_kwargs={"flask_plugin": _Routes(local), **options, **details})
+        for name, (scheme, text) in _SECURITY_SCHEMES.items():
+            self.spec.components.security_scheme(
+                name, {"type": "http", "scheme": scheme, "description": text}
+            )
+        for name, (text, schema) in _HEADERS.items():
+            self.spec.components.header(name, {"description": text, "required": True, "schema": schema})
+        self.register_field(Timestamp, "string", "date-time")
+        self.register_field(PublicKeys, "object", None)
+        self.ma_plugin.converter.add_attribute_function(_collection2properties)
+        self.ma_plugin.converter.add_parameter_attribute_function(_nullable2parameter)
+
+    def document(self) -> dict[str, Any]:
+        """The document of the app's routes."""
+        for name, blueprint in self._app.blueprints.items():
+            if isinstance(blueprint, Blueprint):
+                blueprint.register_views_in_doc(self, self._app, self.spec, name=name, parameters=None)
+                self.spec.tag({"name": name, "description": blueprint.description})
+        document: dict[str, Any] = self.spec.to_dict()
+        return document
+
+    def _register_error_handlers(self) -> None:
+        """Leave errors to the app's own handlers."""
+
+    def _register_pagination_header(self) -> None:
+        """Pages are in the body here: no header describes them."""
+
+    def _register_responses(self) -> None:
+        for status, (_, examples) in _ERRORS.items():
+            codes = {**examples, **_LOCAL_ERROR} if status == 403 and self._local else examples
+            response = _error_response(status, codes)
+            prepare_response(response, self.spec, JSON)
+            self.spec.components.response(HTTPStatus(status).name, response, lazy=True)
+
+
+class _Routes(FlaskPlugin):
+    """Completes schemas and operations with what follows from the schema or the route itself."""
+
+    def __init__(self, local: bool) -> None:
+        super().__init__()
+        self._local = local
+
+    def rule_to_params(self, rule: Rule) -> list[dict[str, Any]]:
+        """The path's parameters: ids are UUIDs, but a delivery's is a number."""
+        parameters: list[dict[str, Any]] = super().rule_to_params(rule)
+        for parameter in parameters:
+            is_number = parameter["name"] == "delivery_id"
+            shape = {"pattern": "^[0-9]{1,18}$"} if is_number else {"format": "uuid"}
+            parameter["schema"] = {"type": "string", **shape}
+        return parameters
+
+    def schema_helper(self, name: str, definition: Any, schema: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """apispec's hook: a schema's docstring describes it, its `rules` are JSON Schema."""
+        return {"description": inspect.getdoc(schema), **getattr(schema, "rules", {})} if schema else {}
+
+    def operation_helper(self, path: str, operations: dict[str, Any], rule: Rule, **kwargs: Any) -> None:
+        """apispec's hook."""
+        name = rule.endpoint.rpartition(".")[2]
+        for method, operation in operations.items():
+            operation["operationId"] = f"{name}_by_put" if method == "put" else name
+            operation["summary"] = " ".join(operation["summary"].split()).removesuffix(".")
+            for media in operation.get("requestBody", {"content": {}})["content"].values():
+                schema = resolve_schema_instance(media["schema"])
+                media["examples"] = {name: {"value": value} for name, value in schema.examples.items()}
+                # A body of optional fields only may be left out.
+                operation["requestBody"]["required"] = any(f.required for f in schema.fields.values())
+            responses = operation.setdefault("responses", {})
+            for status in self._implied_errors(path, operation):
+                responses.setdefault(status, HTTPStatus(status).name)
+            for status, response in responses.items():
+                if isinstance(response, dict):
+                    response["headers"] = {**response.get("headers", {}), **_headers(status)}
+            if self._local and operation.get("security") == OPERATOR:
+                operation["security"] = [{}, *OPERATOR]
+
+    def _implied_errors(self, path: str, operation: dict[str, Any]) -> list[int]:
+        """Error statuses that follow from the route: its guard, its body, an id in its path."""
+        security, body = operation.get("security"), operation.get("requestBody", {"content": {}})
+        found = {
+            401: security in (OPERATOR, AGENT),
+            403: security == OPERATOR or self._local,
+            404: "{" in path,
+            413: FORM in body["content"] or JSON in body["content"],
+            415: JSON in body["content"],
+            429: bool(security) and security != AGENT,
+            503: bool(security),  # every guard reads the database
+        }
+        return [status for status, is_implied in found.items() if is_implied]
+
+
+def _error_response(status: int, examples: dict[str, str]) -> dict[str, Any]:
+    values = {code: {"value": {"error": code, "error_description": text}} for code, text in examples.items()}
+    description = _ERRORS[status][0]
+    return {"description": description, "schema": Error, "examples": values, "headers": _headers(status)}
+
+
+def _headers(status: int) -> dict[str, str]:
+    """The headers of a response, each as the name of a component."""
+    names = ["X-Request-Id", *([_HEADERS_BY_STATUS[status]] if status in _HEADERS_BY_STATUS else [])]
+    return {name: name for name in names}
+
+
+def _collection2properties(self: Any, field: fields.Field[Any], ret: dict[str, Any]) -> dict[str, Any]:
+    """apispec's attribute function: limits of objects, and lists without repeats."""
+    if isinstance(field, fields.Dict) and "maxLength" in ret:
+        return {"maxProperties": ret.pop("maxLength"), "propertyNames": self.field2property(field.key_field)}
+    return {"uniqueItems": True} if no_repeats in field.validators else {}
+
+
+def _nullable2parameter(self: Any, field: fields.Field[Any], ret: dict[str, Any]) -> dict[str, Any]:
+    """apispec's parameter function: a query cannot say null; a filter that is left out has no value."""
+    schema = ret["schema"]
+    if field.allow_none:
+        schema |= {"type": schema["type"][0]}
+        del schema["default"]
+        if "enum" in schema:
+            schema["enum"].remove(None)
+    return {}

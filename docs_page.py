@@ -1,0 +1,81 @@
+"""The page at `/docs`: Swagger UI over `/openapi.json`, with every asset from this server."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.resources import files
+
+from flask import Blueprint, Response
+from werkzeug.exceptions import NotFound
+
+import metadata
+
+# Not flask-smorest's Blueprint: a page for people is no operation of the API.
+blueprint = Blueprint("docs", __name__)
+
+# Swagger UI sets style attributes. No inline script runs, and requests go to this server only.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_TYPES = {
+    "favicon-32x32.png": "image/png",
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+}
+# Relative URLs, so that the page works below a path prefix too.
+_PAGE = b"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lanyard API</title>
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+<script src="docs/swagger-ui-bundle.js" defer></script>
+<script src="docs/start.js" defer></script>
+</head>
+<body>
+<div id="docs"></div>
+</body>
+</html>
+"""
+# Requests go to the page's own origin, which may differ from the issuer's.
+_SCRIPT = b"""\
+const base = new URL(".", location.href).href.replace(/\\/$/, "");
+fetch(`${base}/openapi.json`).then((response) => response.json()).then((spec) => SwaggerUIBundle({
+  spec: { ...spec, servers: [{ url: base }] },
+  dom_id: "#docs",
+  deepLinking: true,
+  docExpansion: "list",
+  defaultModelsExpandDepth: 0,
+  validatorUrl: null,
+}));
+"""
+
+
+@blueprint.get("/docs")
+def page() -> Response:
+    """Answer the page."""
+    response = metadata.answer(metadata.stamped(_PAGE), metadata.MAX_AGE, "text/html")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response
+
+
+@blueprint.get("/docs/start.js")
+def script() -> Response:
+    """Answer the script that starts Swagger UI."""
+    return metadata.answer(metadata.stamped(_SCRIPT), metadata.MAX_AGE, "text/javascript")
+
+
+@blueprint.get("/docs/<name>")
+def asset(name: str) -> Response:
+    """Answer a file of Swagger UI."""
+    if name not in _TYPES:
+        raise NotFound
+    return metadata.answer(_read(name), metadata.MAX_AGE, _TYPES[name])
+
+
+@lru_cache
+def _read(name: str) -> tuple[bytes, str]:
+    return metadata.stamped((files("flask_swagger_ui") / "dist" / name).read_bytes())
