@@ -32,6 +32,11 @@ _PAGE = b"""<!doctype html>
 <title>Lanyard API</title>
 <link rel="icon" href="docs/favicon-32x32.png">
 <link rel="stylesheet" href="docs/swagger-ui.css">
+<style>
+body { margin: 0 }
+.swagger-ui .response-col_links { display: none }
+@media (max-width: 40rem) { .swagger-ui .wrapper { padding: 0 .5rem } }
+</style>
 <script src="docs/swagger-ui-bundle.js" defer></script>
 <script src="docs/start.js" defer></script>
 </head>

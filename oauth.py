@@ -71,7 +71,7 @@ def token() -> Response:
 @blueprint.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
 @blueprint.errors(401, **_BAD_CLIENT)
 def refresh() -> Response:
-    """Trade a refresh token for new tokens; `grant_type` may be left out."""
+    """Trade a refresh token for new tokens, without naming the grant type."""
     return _answer(TokenRequest(only_grant_type="refresh_token"))
 
 

@@ -11,7 +11,7 @@ from marshmallow.validate import Equal, Length, OneOf
 
 from api import doc
 from config import VERSION
-from schemas import AGENT_ID, CLIENT_ID, CLIENT_ID_DOC, CLIENT_SECRET, JWK, KID, Answer
+from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Answer
 
 _ISSUER = "https://id.example.com"
 _ACCESS_TOKEN = "eyJhbGciOiJSUzI1NiIsInR5cCI6ImF0K2p3dCJ9.EXAMPLE.EXAMPLE"
@@ -19,6 +19,11 @@ _REFRESH_TOKEN = "rt_EXAMPLE-no-real-token-only-the-length-of-one-here-000000000
 _CREDENTIALS = {"client_id": CLIENT_ID, "client_secret": CLIENT_SECRET}
 _GRANT = {"grant_type": "client_credentials"}
 _STRING = {"type": "string"}
+
+
+def _parameter(description: str) -> fields.String:
+    # The empty example keeps Swagger UI from filling its form with "string"; empty counts as left out.
+    return fields.String(**doc(description, ""))
 
 
 class Parameters(Schema):
@@ -29,15 +34,15 @@ class Parameters(Schema):
 
         unknown = EXCLUDE
 
-    client_id = fields.String(**CLIENT_ID_DOC)
-    client_secret = fields.String(**doc("The agent's secret, unless it is in the header."))
+    client_id = _parameter("The agent's client id, unless it is in the header.")
+    client_secret = _parameter("The agent's secret, unless it is in the header.")
     client_assertion_type = fields.String(validate=Equal(ASSERTION_TYPE))
-    client_assertion = fields.String(**doc("A JWT signed with the agent's own key (RFC 7523)."))
+    client_assertion = _parameter("A JWT signed with the agent's own key (RFC 7523).")
 
 
 class _Grant(Parameters):
-    scope = fields.String(**doc("Scopes, separated by spaces. Left out: all that are allowed."))
-    resource = fields.List(fields.String(), **doc("Audiences (RFC 8707). Left out: Lanyard itself."))
+    scope = _parameter("Scopes, separated by spaces. Left out: all that are allowed.")
+    resource = fields.List(fields.String(), **doc("Audiences (RFC 8707). Left out: Lanyard itself.", []))
 
 
 class TokenRequest(_Grant):
@@ -54,11 +59,11 @@ class TokenRequest(_Grant):
     }
     rules = {
         "if": {"properties": {"grant_type": {"const": "refresh_token"}}},
-        "then": {"required": ["refresh_token"]},
+        "then": {"required": ["refresh_token"], "properties": {"refresh_token": {"minLength": 1}}},
     }
 
     grant_type = fields.String(required=True, validate=OneOf(["client_credentials", "refresh_token"]))
-    refresh_token = fields.String(validate=Length(min=1), **doc("With `grant_type=refresh_token`."))
+    refresh_token = _parameter("With `grant_type=refresh_token`.")
 
 
 class RefreshRequest(_Grant):
@@ -67,7 +72,7 @@ class RefreshRequest(_Grant):
     examples = {"A refresh token": {"refresh_token": _REFRESH_TOKEN}}
 
     grant_type = fields.String(validate=Equal("refresh_token"))
-    refresh_token = fields.String(required=True, validate=Length(min=1), **doc("The refresh token."))
+    refresh_token = fields.String(required=True, validate=Length(min=1), **doc("The token.", _REFRESH_TOKEN))
 
 
 class TokenQuestion(Parameters):
@@ -78,8 +83,8 @@ class TokenQuestion(Parameters):
         "A refresh token": {"token": _REFRESH_TOKEN, **_CREDENTIALS},
     }
 
-    token = fields.String(required=True, validate=Length(min=1), **doc("An access or refresh token."))
-    token_type_hint = fields.String(**doc("Accepted and not needed."))
+    token = fields.String(required=True, validate=Length(min=1), **doc("The token.", _ACCESS_TOKEN))
+    token_type_hint = _parameter("Accepted and not needed.")
 
 
 class Token(Answer):

@@ -61,7 +61,7 @@ _ID = doc("The id. It never changes.", AGENT_ID)
 _CREATED_AT = doc("When it was created.", _TIME)
 _UPDATED_AT = doc("When it was last changed.", _TIME)
 _NEXT = doc("The `after` of the next page. Null: this is the last page.", None)
-CLIENT_ID_DOC = doc("The agent's public name at the token endpoint.", CLIENT_ID)
+_CLIENT_ID = doc("The agent's public name at the token endpoint.", CLIENT_ID)
 _TOKEN_COUNT = doc("Tokens issued for the agent's credentials.", 12)
 _REFRESH_COUNT = doc("Tokens issued for a refresh token.", 3)
 _ACTIVE_AT = doc("When the agent last got a token or changed itself.", _TIME)
@@ -226,7 +226,7 @@ class Agent(Answer):
     name = fields.String(**_NAME)
     description = fields.String(allow_none=True, **_DESCRIPTION)
     owner = fields.String(allow_none=True, **_OWNER)
-    client_id = fields.String(**CLIENT_ID_DOC)
+    client_id = fields.String(**_CLIENT_ID)
     scopes = fields.List(fields.String(), **_SCOPES)
     audiences = fields.List(fields.String(), **_AUDIENCES)
     metadata = fields.Dict(values=fields.String(), attribute="metadata_", **_METADATA)
@@ -256,7 +256,7 @@ class AgentAnswer(Answer):
 class AgentCreated(AgentAnswer):
     """The new agent and its client secret, shown once. An agent with keys has none."""
 
-    client_id = fields.String(**CLIENT_ID_DOC)
+    client_id = fields.String(**_CLIENT_ID)
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET, optional=True))
 
 

@@ -128,7 +128,7 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
 @room.response(202, schemas.DeliveryAnswer)
 @room.errors(409, conflict=_SWITCHED_OFF)
 def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Delivery]:
-    """Send a webhook a `webhook.test` event, whatever it subscribes to."""
+    """Send a webhook a test event, whatever it subscribes to."""
     with writing():
         webhook = _switched_on(webhook_id)
         told: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
