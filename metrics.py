@@ -40,7 +40,7 @@ room.before_request(bearer.require_operator)
 
 
 @room.get("/metrics")
-@room.response(200, {"type": "string"}, content_type="text/plain")
+@room.alt_response(200, schema={"type": "string"}, content_type="text/plain")
 def show_metrics() -> Response:
     """Get all metrics in Prometheus' text format."""
     registry: CollectorRegistry = current_app.extensions[_EXTENSION]

@@ -56,8 +56,7 @@ _BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, wa
 
 
 @blueprint.post("/oauth/token")
-@blueprint.form(oauth_schemas.TokenRequest)
-@blueprint.response(200, oauth_schemas.Token)
+@blueprint.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
 @blueprint.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
 @blueprint.errors(401, **_BAD_CLIENT)
 def token() -> Response:
@@ -66,8 +65,7 @@ def token() -> Response:
 
 
 @blueprint.post("/oauth/refresh")
-@blueprint.form(oauth_schemas.RefreshRequest)
-@blueprint.response(200, oauth_schemas.Token)
+@blueprint.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
 @blueprint.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
 @blueprint.errors(401, **_BAD_CLIENT)
 def refresh() -> Response:
@@ -77,8 +75,7 @@ def refresh() -> Response:
 
 @blueprint.post("/oauth/introspect")
 @blueprint.doc(security=ANY_CALLER)
-@blueprint.form(oauth_schemas.TokenQuestion)
-@blueprint.response(200, oauth_schemas.Introspected)
+@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Introspected)
 @blueprint.errors(400, invalid_request="Send token.")
 @blueprint.errors(401, **_BAD_CALLER)
 def introspect() -> Response:
@@ -88,8 +85,7 @@ def introspect() -> Response:
 
 @blueprint.post("/oauth/revoke")
 @blueprint.doc(security=ANY_CALLER)
-@blueprint.form(oauth_schemas.TokenQuestion)
-@blueprint.response(200, oauth_schemas.Revoked)
+@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Revoked)
 @blueprint.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
 @blueprint.errors(401, **_BAD_CALLER)
 def revoke() -> Response:
