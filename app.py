@@ -32,8 +32,8 @@ import management
 import metadata
 import metrics
 import oauth
-import oauth_schemas
 import prepared
+import schemas
 import tally
 import vault
 import webhooks
@@ -120,7 +120,7 @@ def _fill_database(serving: bool, is_first: bool) -> None:
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
 @service.get("/", strict_slashes=False)
-@service.response(200, oauth_schemas.About)
+@service.response(200, schemas.About)
 def about() -> dict[str, Any]:
     """Get the name, the version and the paths."""
     return {
@@ -144,14 +144,14 @@ def about() -> dict[str, Any]:
 
 
 @service.get("/health")
-@service.response(200, oauth_schemas.Status)
+@service.response(200, schemas.Status)
 def health() -> dict[str, str]:
     """Answer 200 while the process lives."""
     return {"status": "ok"}
 
 
 @service.get("/health/ready")
-@service.response(200, oauth_schemas.Status)
+@service.response(200, schemas.Status)
 @service.errors(503)
 def ready() -> dict[str, str]:
     """Answer 200 when the database gives a write lock and there is a signing key."""

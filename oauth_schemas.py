@@ -1,4 +1,4 @@
-"""The bodies of the OAuth endpoints, and of the documents a client reads first, as Marshmallow schemas.
+"""The bodies of the OAuth endpoints and of the discovery documents as Marshmallow schemas.
 
 Authlib reads and writes the OAuth bodies: these schemas document them, and tests/test_openapi.py compares.
 """
@@ -10,7 +10,6 @@ from marshmallow import EXCLUDE, Schema, fields
 from marshmallow.validate import Equal, Length, OneOf
 
 from api import doc
-from config import VERSION
 from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Answer
 
 _ISSUER = "https://id.example.com"
@@ -169,17 +168,3 @@ class ResourceMetadata(Answer):
     jwks_uri = fields.String()
     scopes_supported = _strings()
     bearer_methods_supported = _strings()
-
-
-class About(Answer):
-    """Name, version and paths."""
-
-    name = fields.String(**doc("The name.", "Lanyard"))
-    version = fields.String(**doc("The version.", VERSION))
-    links = fields.Dict(values=fields.String(), **doc("Paths by name.", {"token": "/oauth/token"}))
-
-
-class Status(Answer):
-    """The state of the service."""
-
-    status = fields.String(validate=OneOf(["ok", "ready"]))

@@ -1,4 +1,4 @@
-"""Every body, query and response as a Marshmallow schema, with descriptions and examples of its fields.
+"""Every body, query and response but OAuth's as a Marshmallow schema, with descriptions and examples.
 
 A body's `examples` are whole bodies by name. Its `rules` are JSON Schema for checks over several fields.
 The secrets are not real.
@@ -15,7 +15,7 @@ from marshmallow.validate import Length, OneOf, Range
 import clock
 import events
 from api import doc
-from config import DAY
+from config import DAY, VERSION
 from kinds import Flag, PublicKeys, Text, Timestamp, Whole, audience, no_repeats, scope
 from models import is_live
 
@@ -502,3 +502,17 @@ class Usage(Answer):
     last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
     rotation_history = fields.List(fields.Nested(RotationRecord), **doc("Newest first."))
     daily = fields.List(fields.Nested(DailyUsage), **doc("The last thirty days (UTC), today last."))
+
+
+class About(Answer):
+    """Name, version and paths."""
+
+    name = fields.String(**doc("The name.", "Lanyard"))
+    version = fields.String(**doc("The version.", VERSION))
+    links = fields.Dict(values=fields.String(), **doc("Paths by name.", {"token": "/oauth/token"}))
+
+
+class Status(Answer):
+    """The state of the service."""
+
+    status = fields.String(validate=OneOf(["ok", "ready"]))
