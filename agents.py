@@ -13,25 +13,33 @@ from flask import g
 import credentials
 import events
 import schemas
+from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
-from wire import Blueprint, Problem
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
+_NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
+_EXPIRED = "This agent has expired: give it a new expires_in first."
 # An id is a UUID. `me` is shorter: what it does not answer is a 405, and not the operator's business.
 _ONE = "/<string(minlength=3):agent_id>"
 
-management = Blueprint("agents", __name__, url_prefix="/api/agents", description="Agents (management)")
-
-self_service = Blueprint("me", __name__, url_prefix="/api/agents/me", description="An agent on itself")
+management = Blueprint(
+    "agents", __name__, url_prefix="/api/agents", description="Agents (management)", security=BY_OPERATOR
+)
+self_service = Blueprint(
+    "me", __name__, url_prefix="/api/agents/me", description="Self-service of an agent", security=BY_AGENT
+)
 
 
 @management.post("")
 @management.arguments(schemas.AgentCreate)
 @management.response(201, schemas.AgentCreated)
 def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Register an agent; its client secret is in this answer and never in another."""
+    """Register an agent.
+
+    The response is the only one that holds its client secret.
+    """
     created = create(fields)
     return created, 201, {"Location": f"/api/agents/{created['agent'].id}"}
 
@@ -40,14 +48,14 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
 @management.arguments(schemas.AgentQuery, location="query")
 @management.response(200, schemas.AgentPage)
 def list_agents(query: dict[str, Any]) -> dict[str, Any]:
-    """Agents, newest first; `next` is the `after` of the page that follows."""
+    """List agents, newest first."""
     return page(query)
 
 
 @management.get(_ONE)
 @management.response(200, schemas.AgentAnswer)
 def show_agent(agent_id: str) -> dict[str, Any]:
-    """One agent."""
+    """Get an agent."""
     with reading() as connection:
         return {"agent": find(connection, agent_id)}
 
@@ -55,8 +63,12 @@ def show_agent(agent_id: str) -> dict[str, Any]:
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
 @management.response(200, schemas.AgentAnswer)
+@management.errors(409, conflict="This agent proves itself by its keys: give it others, not none.")
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Change what is given, leave the rest."""
+    """Change an agent.
+
+    Fields left out stay as they are.
+    """
     with writing() as connection:
         agent = update(connection, find(connection, agent_id), fields)
     return {"agent": agent}
@@ -65,15 +77,17 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.delete(_ONE)
 @management.response(204)
 def delete_agent(agent_id: str) -> None:
-    """Delete the agent and all its tokens."""
+    """Delete an agent and all its tokens."""
     delete_by_operator(agent_id)
 
 
 @management.post(_ONE)
 @management.arguments(schemas.Action)
 @management.response(200)
+@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentAnswer]})
+@management.errors(409, conflict=_EXPIRED)
 def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Rotate, deactivate or reactivate, as `action` says."""
+    """Rotate, deactivate or reactivate an agent, by the name of the action."""
     action = fields.pop("action")
     if action == "rotate":
         rotated: dict[str, Any] = schemas.Rotated().dump(rotate_by_operator(agent_id, fields))
@@ -86,8 +100,9 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.post(_ONE + "/rotate")
 @management.arguments(schemas.Rotate)
 @management.response(200, schemas.Rotated)
+@management.errors(409, conflict=_NO_SECRET)
 def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
-    """Give the agent a new client secret."""
+    """Give an agent a new client secret."""
     return rotate_by_operator(agent_id, fields)
 
 
@@ -95,22 +110,23 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Switch the agent off: the kill switch."""
+    """Deactivate an agent and end all its tokens."""
     return change(agent_id, deactivate)
 
 
 @management.post(_ONE + "/reactivate")
 @management.arguments(schemas.Nothing)
 @management.response(200, schemas.AgentAnswer)
+@management.errors(409, conflict=_EXPIRED)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Bring the agent back, but none of its old tokens."""
+    """Reactivate an agent. Its old tokens stay dead."""
     return change(agent_id, reactivate)
 
 
 @management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
 def list_secrets(agent_id: str) -> dict[str, Any]:
-    """The agent's live client secrets, without their text."""
+    """List an agent's live client secrets, without their text."""
     with reading() as connection:
         mine = _live_secrets(find(connection, agent_id))
         secrets = sa.select(ClientSecret).where(*mine).order_by(ClientSecret.pk.desc())
@@ -120,7 +136,7 @@ def list_secrets(agent_id: str) -> dict[str, Any]:
 @management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
-    """Remove one client secret at once."""
+    """Delete a client secret at once."""
     with writing() as connection:
         agent = find(connection, agent_id)
         mine = _live_secrets(agent)
@@ -135,14 +151,14 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 @self_service.get("")
 @self_service.response(200, schemas.AgentAnswer)
 def show_me() -> dict[str, Any]:
-    """The agent whose token this is."""
+    """Get the calling agent."""
     return {"agent": g.agent}
 
 
 @self_service.get("/usage")
 @self_service.response(200, schemas.Usage)
 def show_my_usage() -> dict[str, Any]:
-    """What the agent did: totals, rotations, and the last thirty days."""
+    """Get the calling agent's usage: totals, rotations, and the last thirty days."""
     with reading() as connection:
         return usage(connection, g.agent)
 
@@ -150,6 +166,7 @@ def show_my_usage() -> dict[str, Any]:
 @self_service.post("/rotate")
 @self_service.arguments(schemas.Rotate)
 @self_service.response(200, schemas.Rotated)
+@self_service.errors(409, conflict=_NO_SECRET)
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
     secret = credentials.checker().make()
@@ -162,7 +179,7 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 @self_service.arguments(schemas.Nothing)
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
-    """Switch the calling agent off; only an operator can bring it back."""
+    """Deactivate the calling agent. Only an operator can reactivate it."""
     with writing() as connection:
         agent = deactivate(connection, _myself(connection))
     return {"message": "This agent is deactivated. Only an operator can reactivate it.", "agent": agent}

@@ -22,17 +22,16 @@ import credentials
 import database
 import events
 import keys
-import metadata
 import oauth
-import openapi
-import reference
+import schemas
+from api import MAX_BODY, Blueprint, Problem, cached_response, read_body
 from config import HERE, VERSION, SettingError, Settings
+from console import docs, openapi
 from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db
 from ops import access_log, cleanup, metrics
 from storage import postgresql
 from webhooks import routes as webhooks
-from wire import MAX_BODY, Blueprint, Problem, read_body
 
 log = logging.getLogger("lanyard")
 
@@ -62,7 +61,7 @@ _PREFLIGHT = {
 }
 _EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
-service = Blueprint("service", __name__, description="The service itself")
+service = Blueprint("service", __name__, description="Service")
 
 # RFC 6749 names the OAuth codes; these are for what HTTP itself refuses.
 _HTTP_ERRORS = {
@@ -97,7 +96,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)
-    metadata.init_app(app, settings)
     cleanup.init_app(app)
     app.before_request(_guard)
     _register_routes(app)
@@ -146,8 +144,9 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
 @service.get("/", strict_slashes=False)
+@service.response(200, schemas.About)
 def about() -> dict[str, Any]:
-    """Name, version, links."""
+    """Get the name, the version and the paths."""
     return {
         "name": "Lanyard",
         "version": VERSION,
@@ -169,14 +168,17 @@ def about() -> dict[str, Any]:
 
 
 @service.get("/health")
+@service.response(200, schemas.Status)
 def health() -> dict[str, str]:
-    """Answers while the process lives."""
+    """Answer 200 while the process lives."""
     return {"status": "ok"}
 
 
 @service.get("/health/ready")
+@service.response(200, schemas.Status)
+@service.errors(503)
 def ready() -> dict[str, str]:
-    """Answers 200 when the database gives a write lock and there is a key to sign with."""
+    """Answer 200 when the database gives a write lock and there is a signing key."""
     with database.writing(durable=False) as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
         if newest is None:
@@ -184,6 +186,13 @@ def ready() -> dict[str, str]:
             raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
         keys.signing_key(newest)
     return {"status": "ready"}
+
+
+@service.get("/openapi.json", endpoint="openapi")
+@service.cached({"type": "object"})
+def openapi_document() -> Response:
+    """Get this document."""
+    return cached_response(openapi.document(config.settings()), openapi.MAX_AGE)
 
 
 def _guard() -> None:
@@ -235,13 +244,12 @@ def _is_allowed_origin() -> bool:
 
 
 def _register_routes(app: Flask) -> None:
-    # In the order in which the documents tell of them.
-    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.room):
+    # In the order of the OpenAPI document.
+    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.bp):
         app.register_blueprint(blueprint)
-    for blueprint in (keys.bp, events.bp, metadata.blueprint, service):
+    for blueprint in (keys.bp, events.bp, oauth.well_known, service, metrics.bp):
         app.register_blueprint(blueprint)
-    for blueprint in (metrics.room, openapi.blueprint, reference.blueprint):
-        app.register_blueprint(blueprint)
+    app.register_blueprint(docs.bp)
 
 
 def _register_error_handlers(app: Flask) -> None:

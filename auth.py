@@ -26,11 +26,11 @@ import counters
 import credentials
 import events
 import keys
+from api import Problem, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings, state
 from database import reading
 from models import Agent, RevokedToken, SigningKey, is_live, now
 from storage.files import give_to_owner_of, sync_folder
-from wire import Problem, parse_authorization
 
 log = logging.getLogger("lanyard")
 

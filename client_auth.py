@@ -22,10 +22,10 @@ from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it 
 import counters
 import credentials
 import events
+from api import Problem, is_text, parse_authorization
 from config import settings
 from database import reading, writing
 from models import NEWEST_KEY, Agent, ClientSecret, Moment, SpentAssertion, is_live, now
-from wire import Problem, is_text, parse_authorization
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 # RFC 7515 §4: header members that are not understood are ignored.

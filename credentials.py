@@ -29,10 +29,10 @@ from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
 
 import counters
+from api import Problem
 from config import state
 from database import reading, writing
 from models import FailedSignIns, Moment, new_id, now
-from wire import Problem
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
 _CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")

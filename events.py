@@ -13,9 +13,9 @@ from flask import Flask, Response, g, has_request_context, request
 from sqlalchemy.exc import DBAPIError
 
 import schemas
+from api import BY_OPERATOR, Blueprint
 from database import is_transient, newest_page, reading, writing
 from models import Delivery, Event, Moment, Number, Webhook, has_word, new_id, now
-from wire import Blueprint
 
 OPERATOR = "admin"
 NOBODY = "anonymous"
@@ -140,14 +140,16 @@ def _return_request_id(response: Response) -> Response:
     return response
 
 
-bp = Blueprint("events", __name__, url_prefix="/api/events", description="The audit log (management)")
+bp = Blueprint(
+    "events", __name__, url_prefix="/api/events", description="Audit log (management)", security=BY_OPERATOR
+)
 
 
 @bp.get("")
 @bp.arguments(schemas.EventQuery, location="query")
 @bp.response(200, schemas.EventPage)
 def list_events(query: dict[str, Any]) -> dict[str, Any]:
-    """List events, newest first; `next` is the `after` of the next page."""
+    """List events, newest first."""
     statement = sa.select(Event)
     if query["agent_id"] is not None:
         statement = statement.where(Event.agent_id == query["agent_id"])

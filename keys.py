@@ -15,10 +15,10 @@ from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, impor
 import credentials
 import events
 import schemas
+from api import BY_OPERATOR, Blueprint
 from config import DAY, settings, state
 from database import reading, writing
 from models import NEWEST_KEY, SigningKey, now
-from wire import Blueprint
 
 JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
 # A new key signs when every cached JWKS without it has expired; a minute more is for slow responses.
@@ -147,12 +147,12 @@ def find_key(signature: GuestProtocol) -> KeySet:
     raise InvalidKeyIdError("No key has this kid.")
 
 
-def published() -> tuple[str, ...]:
-    """Return the public halves of all keys that are not gone, as JSON."""
+def published() -> bytes:
+    """Return the JWKS: the public halves of all keys that are not gone (RFC 7517 §5)."""
     with reading() as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
     ring = _keyring(newest or 0)
-    return tuple(held.public for held in ring.alive(now()))
+    return f'{{"keys": [{", ".join(key.public for key in ring.alive(now()))}]}}'.encode()
 
 
 def _newest_alg(connection: sa.Connection) -> str | None:
@@ -200,13 +200,15 @@ def _generate(alg: str) -> Key:
     return RSAKey.generate_key(2048)
 
 
-bp = Blueprint("keys", __name__, url_prefix="/api/keys", description="Signing keys (management)")
+bp = Blueprint(
+    "keys", __name__, url_prefix="/api/keys", description="Signing keys (management)", security=BY_OPERATOR
+)
 
 
 @bp.get("")
 @bp.response(200, schemas.KeyList)
-def show_keys() -> dict[str, Any]:
-    """List the signing keys with their states, newest first."""
+def list_signing_keys() -> dict[str, Any]:
+    """List the signing keys, newest first."""
     with reading() as connection:
         return {"keys": list_keys(connection)}
 
@@ -215,7 +217,10 @@ def show_keys() -> dict[str, Any]:
 @bp.arguments(schemas.KeyRotation)
 @bp.response(200, schemas.KeyAnswer)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
-    """Publish a new signing key; it signs when every verifier has it, or at once with `now`."""
+    """Make a new signing key.
+
+    It is published first and signs when every verifier can know it. With `now` it signs at once.
+    """
     with writing() as connection:
         rotate(connection, at_once=fields["now"])
         return {"key": list_keys(connection)[0]}

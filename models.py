@@ -46,11 +46,6 @@ def now() -> datetime:
     return datetime.fromtimestamp(int(time.time()), UTC)
 
 
-def rfc3339(moment: datetime) -> str:
-    """Format a moment in UTC as RFC 3339, for example `2026-06-01T12:00:00Z`."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def new_id(prefix: str) -> str:
     """Return an identifier that is not secret: the prefix and 128 random bits, 22 characters."""
     return prefix + secrets.token_urlsafe(16)

@@ -1,7 +1,11 @@
-"""The OAuth endpoints: Authlib's authorization server and its grants."""
+"""The OAuth endpoints on Authlib: token, refresh, introspection, revocation, server metadata, JWKS."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -12,19 +16,29 @@ from authlib.oauth2.rfc6749 import (
     InvalidRequestError,
     InvalidScopeError,
     OAuth2Request,
+    TokenMixin,
     UnsupportedGrantTypeError,
     grants,
 )
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
-from flask import Flask, Request, Response, jsonify, request
+from authlib.oauth2.rfc7009 import RevocationEndpoint
+from authlib.oauth2.rfc7662 import IntrospectionEndpoint
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
+from flask import Flask, Request, Response, g, jsonify, request
 
+import auth
 import client_auth
 import counters
+import credentials
 import events
-import introspection
+import keys
+import oauth_schemas
 import tokens
+from api import BY_ANY, BY_CLIENT, Blueprint, cached_response, is_text, parse_json
 from config import Settings, settings, state
-from wire import Blueprint, is_text, parse_json
+from database import writing
+
+METADATA_MAX_AGE = 3600  # seconds
 
 # Read by Lanyard; any other parameter is ignored (RFC 6749 §3.2).
 _PARAMETERS = (
@@ -40,36 +54,61 @@ _PARAMETERS = (
 )
 _NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_token", "token")
 
-blueprint = Blueprint("oauth", __name__, description="Tokens")
+blueprint = Blueprint("oauth", __name__, description="Tokens", security=BY_CLIENT)
+
+_BAD_GRANT = {
+    "invalid_grant": "The refresh token is unknown, expired, revoked or already used.",
+    "invalid_scope": "The scope asks for more than this agent has.",
+    "invalid_target": "The resource is not one of this agent's audiences.",
+    "unsupported_grant_type": "The grant types here are client_credentials and refresh_token.",
+}
+_BAD_CLIENT = {"invalid_client": "Client authentication failed: check client_id and client_secret."}
+_BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, was revoked or is malformed."}
 
 
 @blueprint.post("/oauth/token")
+@blueprint.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
+@blueprint.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
+@blueprint.errors(401, **_BAD_CLIENT)
 def token() -> Response:
     """Trade client credentials or a refresh token for an access token."""
     return _answer(TokenRequest())
 
 
 @blueprint.post("/oauth/refresh")
+@blueprint.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
+@blueprint.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
+@blueprint.errors(401, **_BAD_CLIENT)
 def refresh() -> Response:
-    """`/oauth/token` for refresh tokens only; `grant_type` may be left out."""
+    """Trade a refresh token for new tokens, without naming the grant type."""
     return _answer(TokenRequest(only_grant_type="refresh_token"))
 
 
 @blueprint.post("/oauth/introspect")
+@blueprint.doc(security=BY_ANY)
+@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Introspected)
+@blueprint.errors(400, invalid_request="Send token.")
+@blueprint.errors(401, **_BAD_CALLER)
 def introspect() -> Response:
-    """Whether a token is good, and whose it is (RFC 7662)."""
+    """Introspect a token (RFC 7662)."""
     return _answer_at("introspection")
 
 
 @blueprint.post("/oauth/revoke")
+@blueprint.doc(security=BY_ANY)
+@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Revoked)
+@blueprint.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
+@blueprint.errors(401, **_BAD_CALLER)
 def revoke() -> Response:
-    """End a token (RFC 7009)."""
+    """Revoke a token (RFC 7009)."""
     return _answer_at("revocation")
 
 
 @blueprint.get("/oauth/authorize")
+@blueprint.doc(security=[])
+@blueprint.errors(400, unsupported_response_type="Lanyard has no authorization endpoint.")
 def authorize() -> Response:
-    """There is nobody to ask: agents act for themselves."""
+    """Refuse every authorization request: agents act for themselves, and nobody is asked."""
     raise UnsupportedResponseType()
 
 
@@ -79,9 +118,10 @@ def init_app(app: Flask, settings: Settings) -> None:
     server.register_token_generator("default", tokens.TokenGenerator(settings))
     server.register_grant(ClientCredentialsGrant)
     server.register_grant(RefreshTokenGrant)
-    server.register_endpoint(introspection.Introspection)
-    server.register_endpoint(introspection.Revocation)
+    server.register_endpoint(Introspection)
+    server.register_endpoint(Revocation)
     state(app).oauth_server = server
+    _init_metadata(app, settings)
 
 
 def _answer(token_request: TokenRequest) -> Response:
@@ -291,3 +331,230 @@ def _parameters(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if any(resources):
         parameters["resource"] = list(dict.fromkeys(filter(None, resources)))
     return parameters
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: an agent by its client id, or the operator."""
+
+    client_id: str | None
+
+
+@dataclass(frozen=True)
+class KnownToken(TokenMixin):
+    """A token that is good now, and what introspection answers about it (RFC 7662 §2.2)."""
+
+    facts: dict[str, Any]
+    # The agent, as an event tells of it, or the client that its family was found by.
+    agent: Any
+
+    def check_client(self, client: Caller) -> bool:
+        """Whether the caller may end it: its own agent, or the operator."""
+        return client.client_id in (None, self.facts["client_id"])
+
+    def is_expired(self) -> bool:
+        """Not when it was found."""
+        return False
+
+    def is_revoked(self) -> bool:
+        """Not when it was found."""
+        return False
+
+
+class _TokenEndpoint:
+    """What both endpoints share: who may call, and how a token is found."""
+
+    def authenticate_endpoint_client(self, request: OAuth2Request) -> Caller:
+        """An agent by any of its methods or by an access token, or the operator.
+
+        :raises AuthenticationFailed: for anyone else.
+        """
+        if auth.carries_admin_token():
+            events.set_caller(events.OPERATOR)
+            caller = Caller(None)
+        elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
+            auth.require_agent()
+            caller = Caller(None if auth.is_admin() else g.agent.client_id)
+        else:
+            return Caller(client_auth.authenticate(request).get_client_id())
+        if {"client_secret", "client_assertion"} & set(request.form):
+            raise InvalidRequestError("Send credentials one way: in the header or in the body.")
+        return caller
+
+    def check_params(self, request: OAuth2Request, client: Caller) -> None:
+        """`token` is needed; a hint is a hint: what a token is shows in the token (RFC 7009 §2.1)."""
+        if not request.form.get("token"):
+            raise InvalidRequestError("Send token.")
+
+    def query_token(self, token_string: str, token_type_hint: str | None) -> KnownToken | None:
+        """The token, if it is good."""
+        if token_string.startswith("rt_"):
+            return _refresh_token(token_string)
+        return _access_token(token_string)
+
+
+class Introspection(_TokenEndpoint, IntrospectionEndpoint):
+    """RFC 7662. Any caller may ask about any token: an agent may be a resource server."""
+
+    def check_permission(self, token: KnownToken, client: Caller, request: OAuth2Request) -> bool:
+        """Whoever is let in may ask."""
+        return True
+
+    def introspect_token(self, token: KnownToken) -> dict[str, Any]:
+        """The answer about a good token; about any other it is `{"active": false}` and no more."""
+        return {"active": True, **token.facts}
+
+
+class Revocation(_TokenEndpoint, RevocationEndpoint):
+    """RFC 7009. A refresh token takes its family with it."""
+
+    def authenticate_token(self, request: OAuth2Request, client: Caller) -> KnownToken | None:
+        """Authlib's check, with a sentence to act on.
+
+        :raises InvalidGrantError: when the token is another agent's.
+        """
+        try:
+            token: KnownToken | None = super().authenticate_token(request, client)
+        except InvalidGrantError:
+            raise InvalidGrantError("The token is another agent's: only its own may be revoked.") from None
+        return token
+
+    def query_token(self, token_string: str, token_type_hint: str | None) -> KnownToken | None:
+        """The token; a refresh token of a family that lives will do, be it the newest or a used one."""
+        client = tokens.find_by_refresh_token(token_string)
+        if client is not None:
+            return KnownToken({"client_id": client.get_client_id()}, client)
+        return super().query_token(token_string, token_type_hint)
+
+    def revoke_token(self, token: KnownToken, request: OAuth2Request) -> None:
+        """End it, in every worker, before the answer."""
+        if isinstance(token.agent, client_auth.Client):
+            if tokens.end_family(token.agent, "token.revoked"):
+                counters.count_token("revoked")
+            return
+        with writing(exclusive=False) as connection:
+            expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
+            tokens.revoke(connection, token.facts["jti"], expires_at)
+            events.record(connection, "token.revoked", token.agent, token="access")
+        counters.count_token("revoked")
+
+
+def _access_token(text: str) -> KnownToken | None:
+    found = auth.inspect_token(text)
+    if found is None:
+        return None
+    claims, agent = found
+    names = ("scope", "client_id", "sub", "aud", "iss", "exp", "iat", "jti", "agent_id")
+    return KnownToken({name: claims[name] for name in names} | {"token_type": "Bearer"}, agent)
+
+
+def _refresh_token(text: str) -> KnownToken | None:
+    client = tokens.inspect_refresh_token(text)
+    if client is None:
+        return None
+    row = client.row
+    scopes, audiences = client.held_scopes, client.held_audiences
+    if not audiences or (row.family_scopes and not scopes):
+        return None
+    return KnownToken(
+        {
+            "scope": " ".join(scopes),
+            "client_id": row.client_id,
+            "sub": row.client_id,
+            "aud": audiences[0] if len(audiences) == 1 else audiences,
+            "iss": settings().issuer,
+            "exp": int(row.family_expires_at.timestamp()),
+            "iat": int(row.family_issued_at.timestamp()),
+            "jti": credentials.grant_id(row.family_id),
+            "agent_id": row.id,
+            "token_type": "refresh_token",
+        },
+        client,
+    )
+
+
+well_known = Blueprint("well_known", __name__, description="Discovery")
+
+
+class Metadata(AuthorizationServerMetadata):
+    """RFC 8414 §2, checked by Authlib."""
+
+    def validate_response_types_supported(self) -> None:
+        """Accept an empty list: no response type is offered, but clients require the member."""
+
+
+@well_known.get("/.well-known/oauth-authorization-server")
+@well_known.get("/.well-known/openid-configuration", endpoint="openid_configuration")
+@well_known.cached(oauth_schemas.ServerMetadata)
+def authorization_server() -> Response:
+    """Get the authorization server's metadata (RFC 8414).
+
+    Many clients look for it only at the path of OpenID Connect.
+    """
+    return cached_response(_metadata_body(settings()), METADATA_MAX_AGE)
+
+
+@well_known.get("/.well-known/oauth-protected-resource")
+@well_known.cached(oauth_schemas.ResourceMetadata)
+def protected_resource() -> Response:
+    """Get the metadata of Lanyard's own API (RFC 9728): which server issues its tokens."""
+    return cached_response(_resource_metadata_body(settings()), METADATA_MAX_AGE)
+
+
+@well_known.get("/.well-known/jwks.json")
+@well_known.cached(oauth_schemas.KeySet)
+@well_known.errors(503)
+def jwks() -> Response:
+    """Get the public keys that verify access tokens (RFC 7517 §5)."""
+    return cached_response(keys.published(), keys.JWKS_MAX_AGE)
+
+
+def _init_metadata(app: Flask, settings: Settings) -> None:
+    """Check the metadata, and answer it where an issuer with a path has it (RFC 8414 §3.1)."""
+    Metadata(_metadata(settings)).validate()
+    path = settings.issuer_path
+    if path:
+        for name, view in (
+            ("oauth-authorization-server", authorization_server),
+            ("openid-configuration", authorization_server),
+            ("oauth-protected-resource", protected_resource),
+        ):
+            app.add_url_rule(f"/.well-known/{name}{path}", f"{name}{path}", view)
+
+
+def _metadata(settings: Settings) -> dict[str, Any]:
+    """Return what is offered; clients reject a document that names no authorization endpoint."""
+    algorithms = list(client_auth.ASSERTION_ALGORITHMS.allowed or ())
+    document: dict[str, Any] = {
+        "issuer": settings.issuer,
+        "authorization_endpoint": settings.url("/oauth/authorize"),
+        "token_endpoint": settings.url("/oauth/token"),
+        "jwks_uri": settings.url("/.well-known/jwks.json"),
+        "introspection_endpoint": settings.url("/oauth/introspect"),
+        "revocation_endpoint": settings.url("/oauth/revoke"),
+        "response_types_supported": [],
+        "grant_types_supported": ["client_credentials", "refresh_token"],
+    }
+    for endpoint in ("token", "introspection", "revocation"):
+        document[f"{endpoint}_endpoint_auth_methods_supported"] = list(client_auth.AUTH_METHODS)
+        document[f"{endpoint}_endpoint_auth_signing_alg_values_supported"] = algorithms
+    document["introspection_endpoint_auth_methods_supported"].append("Bearer")
+    return document
+
+
+@lru_cache(maxsize=16)
+def _metadata_body(settings: Settings) -> bytes:
+    return json.dumps(_metadata(settings)).encode()
+
+
+@lru_cache(maxsize=16)
+def _resource_metadata_body(settings: Settings) -> bytes:
+    document = {
+        "resource": settings.issuer,
+        "resource_name": "Lanyard",
+        "authorization_servers": [settings.issuer],
+        "jwks_uri": settings.url("/.well-known/jwks.json"),
+        "scopes_supported": [auth.ADMIN_SCOPE],
+        "bearer_methods_supported": ["header"],
+    }
+    return json.dumps(document).encode()

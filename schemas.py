@@ -1,4 +1,8 @@
-"""What may come in and what goes out: every body, query and answer as a Marshmallow schema."""
+"""Every body, query and response but OAuth's as a Marshmallow schema, with descriptions and examples.
+
+A body's `examples` are whole bodies by name. Its `rules` are JSON Schema for checks over several fields.
+The secrets are not real.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +12,105 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from config import DAY
-from kinds import Flag, PublicKeys, Text, Timestamp, Whole, audience, no_repeats, scope
+from api import Flag, PublicKeys, Text, Timestamp, Whole, audience, doc, no_repeats, scope
+from config import DAY, VERSION
 from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
-DELIVERY_STATES = ("pending", "retrying", "delivered", "dead")
+_EVENT_NAMES = OneOf(EVENT_TYPES + EVENT_GROUPS)
+_STATES = OneOf(["pending", "retrying", "delivered", "dead"])
+
+AGENT_ID = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
+_EVENT_ID = "evt_EXAMPLEexampleEXAMPLE00"
+CLIENT_ID = "cid_EXAMPLEexampleEXAMPLE00"
+CLIENT_SECRET = "cs_EXAMPLE0-no-real-secret-only-the-length-of-one-here-00000"
+_WEBHOOK_SECRET = "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000"
+_AUDIENCE = "https://reports.example.com"
+_HOOK = "https://hooks.example.com/lanyard"
+_TIME, _LATER = "2026-06-01T12:00:00Z", "2026-08-30T12:00:00Z"
+KID = "EXAMPLE-thumbprint-of-a-public-key-00000000"
+_EVENT_DATA = {"agent_id": AGENT_ID, "agent_name": "night-reporter", "client_id": CLIENT_ID}
+_SUBSCRIBED = ["agent.*", "token.reuse_detected"]
+JWK = {
+    "kty": "EC",
+    "crv": "P-256",
+    "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+    "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0",
+}
+
+_NAME = doc("The display name.", "night-reporter")
+_DESCRIPTION = doc("The purpose of the agent.", "Writes the nightly report.")
+_OWNER = doc("The person or team responsible for the agent.", "data-team")
+_SCOPES = doc("The scopes of its tokens (RFC 6749 §3.3). `admin` manages Lanyard.", ["read", "write"])
+_AUDIENCES = doc("The audiences of its tokens (RFC 8707): URIs or plain names.", ["reports", _AUDIENCE])
+_METADATA = doc("Names and strings of your own.", {"team": "reports"})
+_TOKEN_TTL = doc("Lifetime of an access token in seconds. Null: the server's default.", None)
+_RATE_LIMIT = doc("Tokens the agent may get per minute. Null: no limit.", None)
+_AUTH_METHOD = doc("How it authenticates. With `private_key_jwt` it has no secret.", "client_secret_basic")
+_EXPIRES_IN = doc("Seconds until it expires. Null: never.", 7_776_000)
+_JWKS = doc("Its public keys (RFC 7517 §5): RSA to 6144 bits, P-256 or Ed25519.", {"keys": [JWK]})
+_GRACE_PERIOD = doc("Seconds that the old secret still works.", 3600)
+_REVOKE_TOKENS = doc("Revoke all tokens of the agent, after a leak.", False)
+_STALE_DAYS = doc("Only agents without activity for so many days.")
+_SEARCH = doc("Text in name, description or owner; or a client id, or its start: `cid_` and 4 characters.")
+_ID = doc("The id. It never changes.", AGENT_ID)
+_CREATED_AT = doc("When it was created.", _TIME)
+_UPDATED_AT = doc("When it was last changed.", _TIME)
+_NEXT = doc("The `after` of the next page. Null: this is the last page.", None)
+_CLIENT_ID = doc("The agent's public name at the token endpoint.", CLIENT_ID)
+_TOKEN_COUNT = doc("Tokens issued for the agent's credentials.", 12)
+_REFRESH_COUNT = doc("Tokens issued for a refresh token.", 3)
+_ACTIVE_AT = doc("When the agent last got a token or changed itself.", _TIME)
+_TOKEN_AT = doc("When the agent last got a token.", _TIME)
 
 
 class AgentFields(Schema):
-    """What an operator may say of an agent."""
+    """The fields of an agent that an operator sets."""
 
-    name = Text(max=128)
-    description = Text(min=0, max=1024, lines=True, allow_none=True)
-    owner = Text(min=0, max=256, allow_none=True)
-    scopes = fields.List(scope(), validate=[Length(max=64), no_repeats])
-    audiences = fields.List(audience(), validate=[Length(max=16), no_repeats])
+    name = Text(max=128, **_NAME)
+    description = Text(min=0, max=1024, lines=True, allow_none=True, **_DESCRIPTION)
+    owner = Text(min=0, max=256, allow_none=True, **_OWNER)
+    scopes = fields.List(scope(), validate=[Length(max=64), no_repeats], **_SCOPES)
+    audiences = fields.List(audience(), validate=[Length(max=16), no_repeats], **_AUDIENCES)
     metadata = fields.Dict(
         keys=Text(max=64),
         values=Text(min=0, max=512, lines=True),
         validate=Length(max=32),
+        **_METADATA,
     )
-    token_ttl = Whole(validate=Range(1, DAY), allow_none=True)
-    rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True)
-    expires_in = Whole(validate=Range(1, CENTURY), allow_none=True)
-    jwks = PublicKeys(allow_none=True)
+    token_ttl = Whole(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
+    rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
+    expires_in = Whole(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
+    jwks = PublicKeys(allow_none=True, **_JWKS)
 
 
 class AgentCreate(AgentFields):
     """A new agent."""
 
-    name = Text(max=128, required=True)
+    examples = {
+        "An agent": {"name": "night-reporter", "scopes": ["read", "write"], "expires_in": 7776000},
+        "An agent with a key instead of a secret": {
+            "name": "keyed",
+            "scopes": ["read"],
+            "token_endpoint_auth_method": "private_key_jwt",
+            "jwks": {"keys": [JWK]},
+        },
+        "An agent for another service": {"name": "caller", "audiences": [_AUDIENCE]},
+    }
+    rules = {
+        "if": {
+            "required": ["token_endpoint_auth_method"],
+            "properties": {"token_endpoint_auth_method": {"const": "private_key_jwt"}},
+        },
+        "then": {"required": ["jwks"], "properties": {"jwks": {"type": "object"}}},
+    }
+
+    name = Text(max=128, required=True, **_NAME)
     token_endpoint_auth_method = fields.String(
         load_default="client_secret_basic",
         validate=OneOf(["client_secret_basic", "client_secret_post", "private_key_jwt"]),
+        **_AUTH_METHOD,
     )
 
     @validates_schema
@@ -52,14 +120,20 @@ class AgentCreate(AgentFields):
 
 
 class AgentUpdate(AgentFields):
-    """What to change of an agent: what is left out stays as it is."""
+    """Changes to an agent. Fields left out stay as they are."""
+
+    examples = {
+        "Change the scopes": {"scopes": ["read"]},
+        "Never expire": {"expires_in": None},
+        "Limit the tokens": {"rate_limit": 60, "token_ttl": 300},
+    }
 
 
 class PageQuery(Schema):
-    """Which page is wanted."""
+    """The page to return."""
 
-    limit = fields.Integer(load_default=50, validate=Range(1, PAGE_SIZE_MAX))
-    after = fields.Integer(load_default=None, validate=Range(1, 2**63 - 1))
+    limit = fields.Integer(load_default=50, validate=Range(1, PAGE_SIZE_MAX), **doc("The size of a page."))
+    after = fields.Integer(load_default=None, validate=Range(1, 2**63 - 1), **doc("The `next` of a page."))
 
     @pre_load
     def _drop_empty(self, data: Mapping[str, str], **kwargs: Any) -> dict[str, str]:
@@ -70,37 +144,56 @@ class PageQuery(Schema):
 class AgentQuery(PageQuery):
     """`GET /api/agents`: filters."""
 
-    is_active = fields.Boolean(load_default=None)
-    scope = Text(min=0, max=128, load_default=None)
-    owner = Text(min=0, max=256, load_default=None)
-    stale_days = fields.Integer(load_default=None, validate=Range(1, 36_525))
-    q = Text(min=0, max=128, load_default=None)
+    is_active = fields.Boolean(load_default=None, **doc("Only active agents, or only inactive ones."))
+    scope = Text(min=0, max=128, load_default=None, **doc("Only agents that have this scope."))
+    owner = Text(min=0, max=256, load_default=None, **doc("Only agents of this owner."))
+    stale_days = fields.Integer(load_default=None, validate=Range(1, 36_525), **_STALE_DAYS)
+    q = Text(min=0, max=128, load_default=None, **_SEARCH)
 
 
 class EventQuery(PageQuery):
     """`GET /api/events`: filters."""
 
-    agent_id = Text(min=0, max=36, load_default=None)
-    type = fields.String(load_default=None, validate=OneOf(EVENT_TYPES + EVENT_GROUPS))
+    agent_id = Text(min=0, max=36, load_default=None, **doc("Only events of this agent."))
+    type = fields.String(
+        load_default=None, validate=_EVENT_NAMES, **doc("Only events of this type or group.")
+    )
 
 
 class Nothing(Schema):
-    """A call that takes no fields: an absent or an empty body."""
+    """An empty or absent body."""
+
+    examples: Mapping[str, Any] = {"Empty": {}}
 
 
 class Rotate(Schema):
     """How to rotate a client secret."""
 
-    grace_period = Whole(load_default=0, validate=Range(0, DAY))
-    revoke_tokens = Flag(load_default=False)
+    examples: Mapping[str, Any] = {
+        "At once": {},
+        "Without downtime": {"grace_period": 3600},
+        "After a leak": {"revoke_tokens": True},
+    }
+
+    grace_period = Whole(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = Flag(load_default=False, **_REVOKE_TOKENS)
 
 
 class Action(Schema):
-    """An action by its name; the other fields belong to `rotate`."""
+    """An action by its name. The other fields belong to `rotate`."""
+
+    examples = {
+        "Rotate the secret": {"action": "rotate", "grace_period": 3600},
+        "Deactivate": {"action": "deactivate"},
+    }
+    rules = {
+        "if": {"properties": {"action": {"enum": ["deactivate", "reactivate"]}}},
+        "then": {"properties": {"grace_period": False, "revoke_tokens": False}},
+    }
 
     action = fields.String(required=True, validate=OneOf(["rotate", "deactivate", "reactivate"]))
-    grace_period = Whole(validate=Range(0, DAY))
-    revoke_tokens = Flag()
+    grace_period = Whole(validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = Flag(**_REVOKE_TOKENS)
 
     @validates_schema
     def _only_rotate_has_options(self, data: Mapping[str, Any], **kwargs: Any) -> None:
@@ -110,41 +203,44 @@ class Action(Schema):
 
 
 class Answer(Schema):
-    """What goes out. Every field is always there, unless its metadata says `optional`."""
+    """A response. Every field is always present, unless its metadata says `optional`."""
 
     class Meta:
-        """Fields may be added: clients have to bear them."""
+        """Later versions may add fields."""
 
         unknown = EXCLUDE
 
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        """Marshmallow's hook. `required` changes nothing on the way out: it is what the document tells."""
+        """Marshmallow's hook. `required` has no effect on the output: it is for the document."""
         field_obj.required = not field_obj.metadata.get("optional")
 
 
 class Agent(Answer):
-    """An agent, as everybody who may see it sees it: never a hash."""
+    """An agent, without its secrets."""
 
-    id = fields.String()
-    name = fields.String()
-    description = fields.String(allow_none=True)
-    owner = fields.String(allow_none=True)
-    client_id = fields.String()
-    scopes = fields.List(fields.String())
-    audiences = fields.List(fields.String())
-    metadata = fields.Dict(values=fields.String())
+    id = fields.String(**_ID)
+    name = fields.String(**_NAME)
+    description = fields.String(allow_none=True, **_DESCRIPTION)
+    owner = fields.String(allow_none=True, **_OWNER)
+    client_id = fields.String(**_CLIENT_ID)
+    scopes = fields.List(fields.String(), **_SCOPES)
+    audiences = fields.List(fields.String(), **_AUDIENCES)
+    metadata = fields.Dict(values=fields.String(), **_METADATA)
     # An agent past its time is treated as deactivated, so that is what it looks like.
-    is_active = fields.Function(lambda agent: is_live(agent, now()), metadata={"type": "boolean"})
-    token_ttl = fields.Integer(allow_none=True)
-    rate_limit = fields.Integer(allow_none=True)
-    token_endpoint_auth_method = fields.String()
-    created_at = Timestamp()
-    updated_at = Timestamp()
-    expires_at = Timestamp(allow_none=True)
-    token_count = fields.Integer()
-    refresh_count = fields.Integer()
-    last_activity_at = Timestamp(allow_none=True)
-    last_token_issued_at = Timestamp(allow_none=True)
+    is_active = fields.Function(
+        lambda agent: is_live(agent, now()),
+        **doc("False while it is deactivated or expired.", True, type="boolean", readOnly=False),
+    )
+    token_ttl = fields.Integer(allow_none=True, **_TOKEN_TTL)
+    rate_limit = fields.Integer(allow_none=True, **_RATE_LIMIT)
+    token_endpoint_auth_method = fields.String(**_AUTH_METHOD)
+    created_at = Timestamp(**_CREATED_AT)
+    updated_at = Timestamp(**_UPDATED_AT)
+    expires_at = Timestamp(allow_none=True, **doc("When it expires. Null: never.", _LATER))
+    token_count = fields.Integer(**_TOKEN_COUNT)
+    refresh_count = fields.Integer(**_REFRESH_COUNT)
+    last_activity_at = Timestamp(allow_none=True, **_ACTIVE_AT)
+    last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
 
 
 class AgentAnswer(Answer):
@@ -154,40 +250,40 @@ class AgentAnswer(Answer):
 
 
 class AgentCreated(AgentAnswer):
-    """The only answer, with a rotation's, that ever holds a client secret."""
+    """The new agent and its client secret, shown once. An agent with keys has none."""
 
-    client_id = fields.String()
-    client_secret = fields.String(metadata={"optional": True})  # an agent with keys has none
+    client_id = fields.String(**_CLIENT_ID)
+    client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET, optional=True))
 
 
 class AgentPage(Answer):
-    """A page of agents; `next` is the `after` of the next page, or null."""
+    """A page of agents, newest first."""
 
     agents = fields.List(fields.Nested(Agent))
-    next = fields.String(allow_none=True)
+    next = fields.String(allow_none=True, **_NEXT)
 
 
 class AgentDeactivated(AgentAnswer):
-    """An agent's farewell."""
+    """The deactivated agent."""
 
-    message = fields.String()
+    message = fields.String(**doc("A sentence for people.", "This agent is deactivated."))
     agent = fields.Nested(Agent)
 
 
 class Rotated(Answer):
-    """The new client secret, shown this once."""
+    """The new client secret, shown once."""
 
-    client_secret = fields.String()
+    client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET))
 
 
 class Secret(Answer):
     """A client secret, without its text."""
 
-    id = fields.String()
-    hint = fields.String()
-    created_at = Timestamp()
-    expires_at = Timestamp(allow_none=True)
-    last_used_at = Timestamp(allow_none=True)
+    id = fields.String(**_ID)
+    hint = fields.String(**doc("The eight characters after `cs_`, to tell secrets apart.", "EXAMPLE0"))
+    created_at = Timestamp(**_CREATED_AT)
+    expires_at = Timestamp(allow_none=True, **doc("When it stops working. Null: never.", None))
+    last_used_at = Timestamp(allow_none=True, **doc("When it last got a token.", _TIME))
 
 
 class Secrets(Answer):
@@ -197,90 +293,105 @@ class Secrets(Answer):
 
 
 class RotationRecord(Answer):
-    """When a secret was rotated, and by whom: `self` or `admin`."""
+    """A rotation of the client secret."""
 
-    rotated_at = Timestamp()
-    rotated_by = fields.String(validate=OneOf(["self", "admin"]))
+    rotated_at = Timestamp(**doc("When it was rotated.", _TIME))
+    rotated_by = fields.String(validate=OneOf(["self", "admin"]), **doc("The agent or an operator.", "self"))
 
 
 class DailyUsage(Answer):
-    """An agent's day (UTC)."""
+    """An agent's tokens of one day (UTC)."""
 
-    date = fields.Date(attribute="day")
-    tokens_issued = fields.Integer()
-    tokens_refreshed = fields.Integer()
+    date = fields.Date(attribute="day", **doc("The day.", "2026-06-01"))
+    tokens_issued = fields.Integer(**doc("Tokens issued for credentials.", 1))
+    tokens_refreshed = fields.Integer(**doc("Tokens issued for a refresh token.", 2))
 
 
 class Event(Answer):
-    """Something that happened: what, when, who did it and from where."""
+    """An entry of the audit log."""
 
-    id = fields.String()
-    type = fields.String()
-    timestamp = Timestamp(attribute="created_at")
-    actor = fields.String()
-    address = fields.String(allow_none=True)
-    request_id = fields.String(allow_none=True)
-    data = fields.Dict()
+    id = fields.String(**doc("The event's id.", _EVENT_ID))
+    type = fields.String(**doc("The event type.", "agent.created"))
+    timestamp = Timestamp(attribute="created_at", **doc("When it happened.", _TIME))
+    actor = fields.String(**doc("The caller: `admin`, an agent's id, or `anonymous`.", "admin"))
+    address = fields.String(allow_none=True, **doc("The caller's IP address. Null: no caller.", "192.0.2.7"))
+    request_id = fields.String(allow_none=True, **doc("The request's `X-Request-Id`.", "req_EXAMPLE00"))
+    data = fields.Dict(**doc("Details of the event type. Never a secret.", _EVENT_DATA))
 
 
 class EventPage(Answer):
-    """A page of events; `next` is the `after` of the next page, or null."""
+    """A page of events, newest first."""
 
     events = fields.List(fields.Nested(Event))
-    next = fields.String(allow_none=True)
+    next = fields.String(allow_none=True, **_NEXT)
+
+
+_SUBSCRIPTIONS = doc("Event types, or groups such as `agent.*`. `*` is every event.", _SUBSCRIBED)
+_HOOK_NAME = doc("The display name.", "audit")
+_MAX_RETRIES = doc("How often a failed delivery is retried.", 9)
 
 
 def _subscriptions(**options: Any) -> fields.List[str]:
-    known = fields.String(validate=OneOf(EVENT_TYPES + EVENT_GROUPS))
-    return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **options)
+    known = fields.String(validate=_EVENT_NAMES)
+    return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **_SUBSCRIPTIONS, **options)
 
 
 def _url(**options: Any) -> Text:
-    # wall.parse says more of it: this is for the document.
-    return Text(max=2048, metadata={"format": "uri", "pattern": r"^https?://[!$-;=?-\[\]_a-z~]+$"}, **options)
+    # wall.parse checks more: the pattern is for the document.
+    text = "Where events are sent: https and a public address, unless the server allows others."
+    pattern = r"^https?://[!$-;=?-\[\]_a-z~]+$"
+    return Text(max=2048, **doc(text, _HOOK, format="uri", pattern=pattern), **options)
 
 
 class WebhookFields(Schema):
-    """What an operator may say of a webhook."""
+    """The fields of a webhook that an operator sets."""
 
-    name = Text(max=128)
+    name = Text(max=128, **_HOOK_NAME)
     url = _url()
     events = _subscriptions()
-    max_retries = Whole(validate=Range(0, 9))
+    max_retries = Whole(validate=Range(0, 9), **_MAX_RETRIES)
 
 
 class WebhookCreate(WebhookFields):
     """A new webhook."""
 
-    name = Text(max=128, required=True)
+    examples = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
+
+    name = Text(max=128, required=True, **_HOOK_NAME)
     url = _url(required=True)
     events = _subscriptions(required=True)
 
 
 class WebhookUpdate(WebhookFields):
-    """What to change of a webhook; `is_active`: true switches on again what was switched off."""
+    """Changes to a webhook. Fields left out stay as they are."""
 
-    is_active = Flag()
+    examples = {"Switch on": {"is_active": True}}
+
+    is_active = Flag(**doc("True switches on a webhook that was switched off.", True))
 
 
 class WebhookRotate(Schema):
-    """For how long the old secret goes on signing beside the new one."""
+    """How to rotate a signing secret."""
 
-    grace_period = Whole(load_default=DAY, validate=Range(0, 7 * DAY))
+    examples = {"At once": {"grace_period": 0}}
+
+    grace_period = Whole(
+        load_default=DAY, validate=Range(0, 7 * DAY), **doc("Seconds that both secrets sign.")
+    )
 
 
 class Webhook(Answer):
     """A webhook, without its secret."""
 
-    id = fields.String()
-    name = fields.String()
-    url = fields.String()
-    events = fields.List(fields.String())
-    max_retries = fields.Integer()
-    is_active = fields.Boolean()
-    disabled_reason = fields.String(allow_none=True)
-    created_at = Timestamp()
-    updated_at = Timestamp()
+    id = fields.String(**_ID)
+    name = fields.String(**_HOOK_NAME)
+    url = fields.String(**doc("Where events are sent.", _HOOK))
+    events = fields.List(fields.String(), **_SUBSCRIPTIONS)
+    max_retries = fields.Integer(**_MAX_RETRIES)
+    is_active = fields.Boolean(**doc("Whether events are sent.", True))
+    disabled_reason = fields.String(allow_none=True, **doc("Why Lanyard switched it off, if it did.", None))
+    created_at = Timestamp(**_CREATED_AT)
+    updated_at = Timestamp(**_UPDATED_AT)
 
 
 class WebhookAnswer(Answer):
@@ -290,13 +401,13 @@ class WebhookAnswer(Answer):
 
 
 class WebhookSecret(Answer):
-    """The signing secret, shown this once."""
+    """The signing secret, shown once."""
 
-    secret = fields.String()
+    secret = fields.String(**doc("The secret (Standard Webhooks).", _WEBHOOK_SECRET))
 
 
 class WebhookCreated(WebhookAnswer, WebhookSecret):
-    """The webhook and its secret."""
+    """The new webhook and its signing secret, shown once."""
 
 
 class WebhookList(Answer):
@@ -308,23 +419,23 @@ class WebhookList(Answer):
 class DeliveryQuery(PageQuery):
     """`GET /api/webhooks/{id}/deliveries`: filters."""
 
-    status = fields.String(load_default=None, validate=OneOf(DELIVERY_STATES))
+    status = fields.String(load_default=None, validate=_STATES, **doc("Only deliveries in this state."))
 
 
 class Delivery(Answer):
-    """An event on its way to a webhook, and how the last attempt went."""
+    """The delivery of an event to a webhook, with the result of the last attempt."""
 
-    id = fields.String(attribute="pk")
-    event_id = fields.String()
-    type = fields.String()
-    status = fields.String(validate=OneOf(DELIVERY_STATES))
-    attempts = fields.Integer()
-    created_at = Timestamp()
-    last_attempt_at = Timestamp(allow_none=True)
-    next_attempt_at = Timestamp(allow_none=True)
-    response_status = fields.Integer(allow_none=True)
-    response_body = fields.String(allow_none=True)
-    error = fields.String(allow_none=True)
+    id = fields.String(attribute="pk", **doc("The delivery's id.", "17"))
+    event_id = fields.String(**doc("The event's id; the receiver gets it as `webhook-id`.", _EVENT_ID))
+    type = fields.String(**doc("The event type.", "agent.created"))
+    status = fields.String(validate=_STATES, **doc("The state.", "delivered"))
+    attempts = fields.Integer(**doc("How often it was sent.", 1))
+    created_at = Timestamp(**_CREATED_AT)
+    last_attempt_at = Timestamp(allow_none=True, **doc("When it was last sent.", _TIME))
+    next_attempt_at = Timestamp(allow_none=True, **doc("When it is sent next. Null: never.", None))
+    response_status = fields.Integer(allow_none=True, **doc("The receiver's status.", 200))
+    response_body = fields.String(allow_none=True, **doc("The first kilobyte of its response.", "ok"))
+    error = fields.String(allow_none=True, **doc("Why the last attempt got no response.", None))
 
 
 class DeliveryAnswer(Answer):
@@ -337,31 +448,33 @@ class DeliveryPage(Answer):
     """A page of deliveries, newest first."""
 
     deliveries = fields.List(fields.Nested(Delivery))
-    next = fields.String(allow_none=True)
+    next = fields.String(allow_none=True, **_NEXT)
 
 
 class EventTypes(Answer):
     """What a webhook may subscribe to."""
 
-    events = fields.List(fields.String())
-    groups = fields.List(fields.String())
+    events = fields.List(fields.String(), **doc("The event types.", ["agent.created", "token.issued"]))
+    groups = fields.List(fields.String(), **doc("Names for several types.", ["*", "agent.*"]))
 
 
 class KeyRotation(Schema):
     """How to rotate the signing key."""
 
-    now = Flag(load_default=False)
+    examples: Mapping[str, Any] = {"Without downtime": {}, "After a leak": {"now": True}}
+
+    now = Flag(load_default=False, **doc("After a leak: sign at once and end every access token.", False))
 
 
 class SigningKey(Answer):
-    """A signing key, without its text: where it is in its life."""
+    """A signing key, without its private part."""
 
-    kid = fields.String()
-    alg = fields.String()
+    kid = fields.String(**doc("The key's id: its thumbprint (RFC 7638).", KID))
+    alg = fields.String(**doc("The signature algorithm.", "RS256"))
     state = fields.String(validate=OneOf(["published", "signing", "retired", "gone"]))
-    created_at = Timestamp()
-    signs_from = Timestamp()
-    gone_at = Timestamp(allow_none=True)
+    created_at = Timestamp(**_CREATED_AT)
+    signs_from = Timestamp(**doc("When it starts to sign.", _TIME))
+    gone_at = Timestamp(allow_none=True, **doc("When its publication ends. Null: it is the newest.", None))
 
 
 class KeyAnswer(Answer):
@@ -377,11 +490,25 @@ class KeyList(Answer):
 
 
 class Usage(Answer):
-    """What an agent did: totals, rotations newest first, thirty days oldest first."""
+    """An agent's tokens and rotations."""
 
-    token_count = fields.Integer()
-    refresh_count = fields.Integer()
-    last_activity_at = Timestamp(allow_none=True)
-    last_token_issued_at = Timestamp(allow_none=True)
-    rotation_history = fields.List(fields.Nested(RotationRecord))
-    daily = fields.List(fields.Nested(DailyUsage))
+    token_count = fields.Integer(**_TOKEN_COUNT)
+    refresh_count = fields.Integer(**_REFRESH_COUNT)
+    last_activity_at = Timestamp(allow_none=True, **_ACTIVE_AT)
+    last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
+    rotation_history = fields.List(fields.Nested(RotationRecord), **doc("Newest first."))
+    daily = fields.List(fields.Nested(DailyUsage), **doc("The last thirty days (UTC), today last."))
+
+
+class About(Answer):
+    """Name, version and paths."""
+
+    name = fields.String(**doc("The name.", "Lanyard"))
+    version = fields.String(**doc("The version.", VERSION))
+    links = fields.Dict(values=fields.String(), **doc("Paths by name.", {"token": "/oauth/token"}))
+
+
+class Status(Answer):
+    """The state of the service."""
+
+    status = fields.String(validate=OneOf(["ok", "ready"]))

@@ -18,11 +18,11 @@ import counters
 import credentials
 import events
 import keys
+from api import Problem
 from client_auth import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from database import reading, writing
 from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, now
-from wire import Problem
 
 log = logging.getLogger("lanyard")
 

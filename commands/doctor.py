@@ -15,11 +15,12 @@ import sqlalchemy as sa
 
 import auth
 import keys
+from api import rfc3339
 from commands import backup
 from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
 from database import error_text, stored_secrets
 from migrations import upgrade
-from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now, rfc3339
+from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now
 from storage import postgresql, sqlite
 from webhooks import ssrf
 

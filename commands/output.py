@@ -13,8 +13,8 @@ import click
 from flask.cli import AppGroup
 from marshmallow import Schema, ValidationError
 
+from api import Problem, refuse
 from schemas import PAGE_SIZE_MAX
-from wire import Problem, refuse
 
 NAME_WIDTH = 24  # characters of a free text in a table
 

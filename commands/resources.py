@@ -19,12 +19,12 @@ import agents
 import credentials
 import keys
 import schemas
+from api import Problem, parse_json
 from commands import instance, output
 from commands.output import Room, as_json
 from database import error_text, is_transient, reading, writing
 from models import Agent, Event
 from webhooks import routes as webhooks
-from wire import Problem, parse_json
 
 FOLLOW_EVERY = 1.0  # seconds between looks for new events
 BEHIND = 1000  # numbers: on PostgreSQL an event that took its own first may be committed after others

@@ -10,10 +10,10 @@ from typing import Any
 
 from flask import Flask, Response, g, has_app_context, request
 
+from api import rfc3339, route_name
 from config import Settings
 from events import NOBODY
-from models import now, rfc3339
-from wire import route_name
+from models import now
 
 _lines = logging.getLogger("lanyard.access")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

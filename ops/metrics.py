@@ -23,21 +23,22 @@ from prometheus_client.registry import Collector
 
 import database
 import keys
+from api import BY_OPERATOR, Blueprint, route_name
 from config import VERSION, settings, state
 from counters import DURATION, REGISTRY
 from database import reading
 from models import Agent, Delivery, Event, RefreshFamily, Webhook, now
-from wire import Blueprint, route_name
 
 KEPT = 15.0  # seconds between counts of rows: one takes 70 ms with a million refresh tokens
 STARTED = time.time()  # in gunicorn's master, before it forks
 
-room = Blueprint("metrics", __name__, description="Metrics")
+bp = Blueprint("metrics", __name__, description="Metrics", security=BY_OPERATOR)
 
 
-@room.get("/metrics")
+@bp.get("/metrics")
+@bp.alt_response(200, schema={"type": "string"}, content_type="text/plain")
 def show_metrics() -> Response:
-    """Everything, in Prometheus' text format."""
+    """Get all metrics in Prometheus' text format."""
     return Response(generate_latest(state().metrics), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 

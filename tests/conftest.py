@@ -84,7 +84,7 @@ class Watch(logging.Handler):
 # What these show does not depend on the database.
 NO_DATABASE = {
     "test_config.py", "test_credentials.py", "test_deploy.py", "test_docs.py", "test_examples.py",
-    "test_headers.py", "test_journal.py", "test_openapi.py", "test_real_clients.py", "test_reference.py",
+    "test_headers.py", "test_journal.py", "test_openapi.py", "test_real_clients.py", "test_docs_page.py",
     "test_wall.py", "test_connections.py",
 }  # fmt: skip
 

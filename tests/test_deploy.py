@@ -137,7 +137,7 @@ def test_the_container_copies_what_is_there_and_is_not_root() -> None:
     sources = [source for step, rest in steps if step == "COPY" for source in rest.split()[:-1]]
     assert all(list(HERE.glob(source)) for source in sources)
     copied = {path.name for source in sources for path in HERE.glob(source)}
-    assert {"gunicorn.conf.py", "wsgi.py", "requirements.txt", "migrations", "templates"} <= copied
+    assert {"gunicorn.conf.py", "wsgi.py", "requirements.txt", "migrations"} <= copied
     assert next(rest for step, rest in steps if step == "USER") == "10001:10001"
 
 

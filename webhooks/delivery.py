@@ -18,9 +18,10 @@ from standardwebhooks.webhooks import Webhook as Signer
 
 import counters
 import events
+from api import rfc3339
 from config import DAY, VERSION, settings
 from database import backend, error_text, is_transient, reading, writing
-from models import Delivery, Event, Webhook, decrypt, now, rfc3339
+from models import Delivery, Event, Webhook, decrypt, now
 from storage import postgresql, sqlite
 from webhooks import ssrf
 

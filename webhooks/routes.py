@@ -12,11 +12,11 @@ import sqlalchemy as sa
 import credentials
 import events
 import schemas
+from api import BY_OPERATOR, Blueprint, Problem, is_text
 from config import settings
 from database import newest_page, reading, writing
 from models import EVENT_GROUPS, EVENT_TYPES, Delivery, EncryptedText, Event, Webhook, now
 from webhooks import ssrf
-from wire import Blueprint, Problem, is_text
 
 MAX_RETRIES = 9  # as many as the schedule has
 
@@ -26,21 +26,28 @@ _DELIVERIES: sa.Select[*tuple[Any, ...]] = sa.select(Delivery, Event.id.label("e
     Event, Event.pk == Delivery.event_pk
 )
 
-room = Blueprint("webhooks", __name__, url_prefix="/api", description="Webhooks (management)")
+_SWITCHED_OFF = "This webhook is switched off: PATCH it with is_active true first."
+
+bp = Blueprint(
+    "webhooks", __name__, url_prefix="/api", description="Webhooks (management)", security=BY_OPERATOR
+)
 
 
-@room.get("/webhook-events")
-@room.response(200, schemas.EventTypes)
+@bp.get("/webhook-events")
+@bp.response(200, schemas.EventTypes)
 def list_event_types() -> dict[str, Sequence[str]]:
-    """What a webhook may subscribe to."""
+    """List the event types and groups that a webhook may subscribe to."""
     return {"events": EVENT_TYPES, "groups": EVENT_GROUPS}
 
 
-@room.post("/webhooks")
-@room.arguments(schemas.WebhookCreate)
-@room.response(201, schemas.WebhookCreated)
+@bp.post("/webhooks")
+@bp.arguments(schemas.WebhookCreate)
+@bp.response(201, schemas.WebhookCreated)
 def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Make a webhook; its secret is in this answer and never in another."""
+    """Create a webhook.
+
+    The response is the only one that holds its secret.
+    """
     _check_url(fields)
     secret = credentials.new_webhook_secret()
     webhook_id = str(uuid.uuid4())
@@ -53,26 +60,29 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
     return {"webhook": webhook, "secret": secret}, 201, {"Location": f"/api/webhooks/{webhook.id}"}
 
 
-@room.get("/webhooks")
-@room.response(200, schemas.WebhookList)
+@bp.get("/webhooks")
+@bp.response(200, schemas.WebhookList)
 def list_webhooks() -> dict[str, Any]:
-    """All webhooks, newest first."""
+    """List all webhooks, newest first."""
     return {"webhooks": list_all()}
 
 
-@room.get("/webhooks/<webhook_id>")
-@room.response(200, schemas.WebhookAnswer)
+@bp.get("/webhooks/<webhook_id>")
+@bp.response(200, schemas.WebhookAnswer)
 def show_webhook(webhook_id: str) -> dict[str, Any]:
-    """One webhook."""
+    """Get a webhook."""
     with reading() as connection:
         return {"webhook": _find(connection, webhook_id)}
 
 
-@room.route("/webhooks/<webhook_id>", methods=["PATCH", "PUT"])
-@room.arguments(schemas.WebhookUpdate)
-@room.response(200, schemas.WebhookAnswer)
+@bp.route("/webhooks/<webhook_id>", methods=["PATCH", "PUT"])
+@bp.arguments(schemas.WebhookUpdate)
+@bp.response(200, schemas.WebhookAnswer)
 def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
-    """Change what is given, leave the rest; switching it on again forgets its earlier failures."""
+    """Change a webhook.
+
+    Fields left out stay as they are.
+    """
     _check_url(fields)
     changes = {**fields, "updated_at": now()}
     if fields.get("is_active"):
@@ -85,21 +95,21 @@ def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     return {"webhook": webhook}
 
 
-@room.delete("/webhooks/<webhook_id>")
-@room.response(204)
+@bp.delete("/webhooks/<webhook_id>")
+@bp.response(204)
 def delete_webhook(webhook_id: str) -> None:
-    """Delete the webhook with its deliveries."""
+    """Delete a webhook and its deliveries."""
     with writing() as connection:
         webhook = _find(connection, webhook_id)
         connection.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
         _record(connection, "webhook.deleted", webhook.id, webhook.name)
 
 
-@room.post("/webhooks/<webhook_id>/rotate")
-@room.arguments(schemas.WebhookRotate)
-@room.response(200, schemas.WebhookSecret)
+@bp.post("/webhooks/<webhook_id>/rotate")
+@bp.arguments(schemas.WebhookRotate)
+@bp.response(200, schemas.WebhookSecret)
 def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, str]:
-    """Give the webhook a new secret; for the grace period both sign."""
+    """Give a webhook a new secret. Both sign during the grace period."""
     secret = credentials.new_webhook_secret()
     grace_period = timedelta(seconds=fields["grace_period"])
     with writing() as connection:
@@ -112,11 +122,12 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
     return {"secret": secret}
 
 
-@room.post("/webhooks/<webhook_id>/test")
-@room.arguments(schemas.Nothing)
-@room.response(202, schemas.DeliveryAnswer)
+@bp.post("/webhooks/<webhook_id>/test")
+@bp.arguments(schemas.Nothing)
+@bp.response(202, schemas.DeliveryAnswer)
+@bp.errors(409, conflict=_SWITCHED_OFF)
 def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
-    """Send this webhook a `webhook.test` event, whatever it subscribes to."""
+    """Send a webhook a test event, whatever it subscribes to."""
     with writing() as connection:
         webhook = _find_active(connection, webhook_id)
         facts: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
@@ -125,27 +136,28 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     return {"delivery": delivery}
 
 
-@room.get("/webhooks/<webhook_id>/deliveries")
-@room.arguments(schemas.DeliveryQuery, location="query")
-@room.response(200, schemas.DeliveryPage)
+@bp.get("/webhooks/<webhook_id>/deliveries")
+@bp.arguments(schemas.DeliveryQuery, location="query")
+@bp.response(200, schemas.DeliveryPage)
 def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
-    """What became of each event, newest first."""
+    """List a webhook's deliveries, newest first."""
     return page(webhook_id, query)
 
 
-@room.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
-@room.response(200, schemas.DeliveryAnswer)
+@bp.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
+@bp.response(200, schemas.DeliveryAnswer)
 def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
-    """One delivery."""
+    """Get a delivery."""
     with reading() as connection:
         return {"delivery": _find_delivery(connection, webhook_id, delivery_id)}
 
 
-@room.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/redeliver")
-@room.arguments(schemas.Nothing)
-@room.response(202, schemas.DeliveryAnswer)
+@bp.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/redeliver")
+@bp.arguments(schemas.Nothing)
+@bp.response(202, schemas.DeliveryAnswer)
+@bp.errors(409, conflict=_SWITCHED_OFF)
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Any]:
-    """Send it again from the start, under the same id."""
+    """Send a delivery again, under the same id."""
     return send_again(webhook_id, delivery_id)
 
 
@@ -203,7 +215,7 @@ def _find(connection: sa.Connection, webhook_id: str) -> Any:
 def _find_active(connection: sa.Connection, webhook_id: str) -> Any:
     webhook = _find(connection, webhook_id)
     if not webhook.is_active:
-        raise Problem(409, "conflict", "This webhook is switched off: PATCH it with is_active true first.")
+        raise Problem(409, "conflict", _SWITCHED_OFF)
     return webhook
 
 
