@@ -34,9 +34,9 @@ BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
-PROMPT = 0.005  # seconds a request waits for the lock before it lets others of the process go on
+PROMPT = 0.005  # seconds a request that waits for the lock keeps the process to itself
 SHORTEST_SLEEP = 0.0001  # seconds
-LONGEST_SLEEP = 0.005  # seconds: who looked ever more seldom would starve beside those who have just come
+LONGEST_SLEEP = 0.001  # seconds; unbounded, long waiters would poll less often than newcomers and starve
 
 _native_sleep = monkey.get_original("time", "sleep")
 
@@ -112,9 +112,11 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
     """BEGIN IMMEDIATE as soon as the lock is free.
 
     SQLite's own waiting sleeps for a millisecond and more, in which another could have written five times.
-    Its lock knows no queue: within a process the requests take turns, or late ones would starve early ones.
+    Its lock knows no queue: within a process requests take turns, or late ones would starve early ones. Another
+    process holds the lock for less than a millisecond, most likely: a request that yielded at once would find
+    it taken again and again.
     """
-    started = time.monotonic()
+    started = yielded = time.monotonic()
     has_turn = _turn.acquire(timeout=seconds)
     driver.execute("PRAGMA busy_timeout = 0")
     try:
@@ -123,12 +125,14 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
                 driver.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
-                waited = time.monotonic() - started
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > seconds:
+                now = time.monotonic()
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or now - started > seconds:
                     raise
-            # Another process has the lock, most likely for less than a millisecond.
-            sleep = _native_sleep if waited < PROMPT else time.sleep
-            sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
+            if now - yielded > PROMPT:
+                time.sleep(SHORTEST_SLEEP)  # under gevent the other requests of this process go on
+                yielded = time.monotonic()
+            else:
+                _native_sleep(min(max(SHORTEST_SLEEP, (now - started) / 4), LONGEST_SLEEP))
     finally:
         if has_turn:
             _turn.release()
