@@ -112,12 +112,12 @@ def _take_write_lock(driver: sqlite3.Connection, seconds: float) -> None:
     """BEGIN IMMEDIATE as soon as the lock is free.
 
     SQLite's own waiting sleeps for a millisecond and more, in which another could have written five times.
-    Its lock knows no queue: within a process requests take turns, or late ones would starve early ones. Another
-    process holds the lock for less than a millisecond, most likely: a request that yielded at once would find
-    it taken again and again.
+    Its lock knows no queue: within a process requests take turns, or late ones would starve early ones.
+    Another process mostly holds it for less than a millisecond: who yields at once finds it taken again.
     """
-    started = yielded = time.monotonic()
+    started = time.monotonic()
     has_turn = _turn.acquire(timeout=seconds)
+    yielded = time.monotonic()
     driver.execute("PRAGMA busy_timeout = 0")
     try:
         while True:
