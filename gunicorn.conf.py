@@ -129,10 +129,13 @@ def _exit_when_idle(worker: Any) -> None:
     """Exit soon after SIGTERM: gunicorn would wait for idle connections until it kills the worker."""
     while worker.alive:
         gevent.sleep(0.1)
-    gevent.sleep(2)  # gunicorn closes its listeners within a second; answer what was sent by then
-    with gevent.Timeout(5, False):
-        while worker.in_progress:
+    # gunicorn closes its listeners within a second, and a client whose request began before that may send its
+    # next one on the same connection: answer both.
+    idle = 0.0  # seconds
+    with gevent.Timeout(7, False):
+        while idle < 2:
             gevent.sleep(0.1)
+            idle = 0.0 if worker.in_progress else idle + 0.1
     sys.exit(0)
 
 
