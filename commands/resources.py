@@ -207,7 +207,7 @@ def delete_agent(agent: str, yes: bool) -> None:
 @as_json
 def list_webhooks(as_json: bool) -> None:
     """All webhooks, newest first."""
-    document = schemas.WebhookList().dump({"webhooks": webhooks.list_all()})
+    document = schemas.WebhookList().dump(webhooks.list_all())
     _show_list(document, WEBHOOK_COLUMNS, as_json)
 
 
@@ -229,7 +229,7 @@ def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: st
 @as_json
 def redeliver(webhook: str, delivery: str, as_json: bool) -> None:
     """Send a delivery again from the start, under the same id."""
-    document = schemas.DeliveryAnswer().dump(webhooks.send_again(webhook, delivery))
+    document = schemas.DeliveryAnswer().dump(webhooks.make_due(webhook, delivery))
     _show_one(document, "delivery", as_json)
 
 
