@@ -14,7 +14,7 @@ from flask import g, has_request_context, request
 import credentials
 import events
 import schemas
-from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem
+from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem, is_text
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
 
@@ -144,7 +144,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
     """Delete a client secret at once."""
     with _changing(agent_id) as (connection, agent):
         deleted = sa.delete(ClientSecret).where(*_valid_secrets(agent), ClientSecret.id == secret_id)
-        if not connection.execute(deleted).rowcount:
+        if not is_text(secret_id) or not connection.execute(deleted).rowcount:
             raise Problem(404, "not_found", "This agent has no valid secret with this id.")
         _set(connection, agent, updated_at=now())
         events.record(connection, "agent.updated", agent, changed=["secrets"])
@@ -163,10 +163,7 @@ def show_my_usage() -> dict[str, Any]:
     """Get the calling agent's usage: totals, rotations, and the last thirty days."""
     with reading() as connection:
         return {
-            "token_count": g.agent.token_count,
-            "refresh_count": g.agent.refresh_count,
-            "last_activity_at": g.agent.last_activity_at,
-            "last_token_issued_at": g.agent.last_token_issued_at,
+            **g.agent._asdict(),
             "rotation_history": _rotations(connection, g.agent),
             "daily": _daily_usage(connection, g.agent),
         }
@@ -227,7 +224,8 @@ def find(connection: sa.Connection, agent_id: str) -> Any:
 
     :raises Problem: 404.
     """
-    agent = connection.execute(sa.select(Agent).where(Agent.id == agent_id)).first()
+    statement = sa.select(Agent).where(Agent.id == agent_id)
+    agent = connection.execute(statement).first() if is_text(agent_id) else None
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
     return agent
