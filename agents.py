@@ -1,27 +1,29 @@
-"""Agents: the operator's routes, the agent's own, and what happens to an agent."""
+"""Agents: the operator's routes, the agent's own, and the changes that both make."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from flask import g
+from flask import g, has_request_context, request
 
 import credentials
 import events
 import schemas
-from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem
+from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem, is_text
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
 _NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
+_NEEDS_KEYS = "This agent signs in by its keys: give it other keys, not none."
 _EXPIRED = "This agent has expired: give it a new expires_in first."
-# An id is a UUID. `me` is shorter: what it does not answer is a 405, and not the operator's business.
+# An id is a UUID. `me` is shorter: a method that it lacks is a 405, not a management route.
 _ONE = "/<string(minlength=3):agent_id>"
 
 management = Blueprint(
@@ -38,7 +40,7 @@ self_service = Blueprint(
 def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
     """Register an agent.
 
-    The response is the only one that holds its client secret.
+    No other response holds its client secret.
     """
     created = create(fields)
     return created, 201, {"Location": f"/api/agents/{created['agent'].id}"}
@@ -63,14 +65,20 @@ def show_agent(agent_id: str) -> dict[str, Any]:
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
 @management.response(200, schemas.AgentAnswer)
-@management.errors(409, conflict="This agent proves itself by its keys: give it others, not none.")
+@management.errors(409, conflict=_NEEDS_KEYS)
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Change an agent.
 
     Fields left out stay as they are.
     """
-    with writing() as connection:
-        agent = update(connection, find(connection, agent_id), fields)
+    with _changing(agent_id) as (connection, agent):
+        if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
+            raise Problem(409, "conflict", _NEEDS_KEYS)
+        # As after a reactivation, tokens issued before the expiry stay invalid.
+        if "expires_in" in fields and agent.expires_at is not None and agent.expires_at <= now():
+            _end_tokens(connection, agent)
+        agent = _set(connection, agent, **_columns(fields))
+        events.record(connection, "agent.updated", agent, changed=sorted(fields))
     return {"agent": agent}
 
 
@@ -78,7 +86,7 @@ def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.response(204)
 def delete_agent(agent_id: str) -> None:
     """Delete an agent and all its tokens."""
-    delete_by_operator(agent_id)
+    delete(agent_id)
 
 
 @management.post(_ONE)
@@ -86,15 +94,13 @@ def delete_agent(agent_id: str) -> None:
 @management.response(200)
 @management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentAnswer]})
 @management.errors(409, conflict=_EXPIRED)
-def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
+def act_on_agent(fields: dict[str, Any], agent_id: str) -> Any:
     """Rotate, deactivate or reactivate an agent, by the name of the action."""
     action = fields.pop("action")
     if action == "rotate":
-        rotated: dict[str, Any] = schemas.Rotated().dump(rotate_by_operator(agent_id, fields))
-        return rotated
+        return schemas.Rotated().dump(rotate(agent_id, **fields))
     act = deactivate if action == "deactivate" else reactivate
-    changed: dict[str, Any] = schemas.AgentAnswer().dump(change(agent_id, act))
-    return changed
+    return schemas.AgentAnswer().dump(act(agent_id))
 
 
 @management.post(_ONE + "/rotate")
@@ -103,7 +109,7 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.errors(409, conflict=_NO_SECRET)
 def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
     """Give an agent a new client secret."""
-    return rotate_by_operator(agent_id, fields)
+    return rotate(agent_id, **fields)
 
 
 @management.post(_ONE + "/deactivate")
@@ -111,7 +117,7 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 @management.response(200, schemas.AgentAnswer)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Deactivate an agent and end all its tokens."""
-    return change(agent_id, deactivate)
+    return deactivate(agent_id)
 
 
 @management.post(_ONE + "/reactivate")
@@ -119,31 +125,27 @@ def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
 @management.response(200, schemas.AgentAnswer)
 @management.errors(409, conflict=_EXPIRED)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
-    """Reactivate an agent. Its old tokens stay dead."""
-    return change(agent_id, reactivate)
+    """Reactivate an agent. Its old tokens stay invalid."""
+    return reactivate(agent_id)
 
 
 @management.get(_ONE + "/secrets")
 @management.response(200, schemas.Secrets)
 def list_secrets(agent_id: str) -> dict[str, Any]:
-    """List an agent's live client secrets, without their text."""
+    """List an agent's valid client secrets, without their text."""
     with reading() as connection:
-        mine = _live_secrets(find(connection, agent_id))
-        secrets = sa.select(ClientSecret).where(*mine).order_by(ClientSecret.pk.desc())
-        return {"secrets": connection.execute(secrets).all()}
+        secrets = sa.select(ClientSecret).where(*_valid_secrets(find(connection, agent_id)))
+        return {"secrets": connection.execute(secrets.order_by(ClientSecret.pk.desc())).all()}
 
 
 @management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Delete a client secret at once."""
-    with writing() as connection:
-        agent = find(connection, agent_id)
-        mine = _live_secrets(agent)
-        if not connection.execute(
-            sa.delete(ClientSecret).where(*mine, ClientSecret.id == secret_id)
-        ).rowcount:
-            raise Problem(404, "not_found", "This agent has no live secret with this id.")
+    with _changing(agent_id) as (connection, agent):
+        deleted = sa.delete(ClientSecret).where(*_valid_secrets(agent), ClientSecret.id == secret_id)
+        if not is_text(secret_id) or not connection.execute(deleted).rowcount:
+            raise Problem(404, "not_found", "This agent has no valid secret with this id.")
         _set(connection, agent, updated_at=now())
         events.record(connection, "agent.updated", agent, changed=["secrets"])
 
@@ -160,7 +162,11 @@ def show_me() -> dict[str, Any]:
 def show_my_usage() -> dict[str, Any]:
     """Get the calling agent's usage: totals, rotations, and the last thirty days."""
     with reading() as connection:
-        return usage(connection, g.agent)
+        return {
+            **g.agent._asdict(),
+            "rotation_history": _rotations(connection, g.agent),
+            "daily": _daily_usage(connection, g.agent),
+        }
 
 
 @self_service.post("/rotate")
@@ -169,10 +175,7 @@ def show_my_usage() -> dict[str, Any]:
 @self_service.errors(409, conflict=_NO_SECRET)
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
-    secret = credentials.checker().make()
-    with writing() as connection:
-        rotate(connection, _myself(connection), secret, rotated_by="self", **fields)
-    return {"client_secret": secret.text}
+    return rotate(g.agent.id, rotated_by="self", **fields)
 
 
 @self_service.post("/deactivate")
@@ -180,24 +183,21 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
     """Deactivate the calling agent. Only an operator can reactivate it."""
-    with writing() as connection:
-        agent = deactivate(connection, _myself(connection))
-    return {"message": "This agent is deactivated. Only an operator can reactivate it.", "agent": agent}
+    message = "This agent is deactivated. Only an operator can reactivate it."
+    return {"message": message, **deactivate(g.agent.id)}
 
 
 @self_service.delete("")
 @self_service.response(204)
 def delete_me() -> None:
     """Delete the calling agent and all its tokens."""
-    with writing() as connection:
-        delete(connection, _myself(connection))
+    delete(g.agent.id)
 
 
 def create(fields: dict[str, Any]) -> dict[str, Any]:
-    """Register an agent.
+    """Register an agent; return the fields of `schemas.AgentCreated`.
 
     :param fields: as `schemas.AgentCreate` loads them.
-    :returns: what `schemas.AgentCreated` shows; no secret for an agent that signs in by its keys.
     """
     by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
     secret = None if by_key else credentials.checker().make()
@@ -213,138 +213,92 @@ def create(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(query: dict[str, Any]) -> dict[str, Any]:
-    """A page of agents, as `schemas.AgentPage` shows it; `query` as `schemas.AgentQuery` loads it."""
+    """Return a page of agents; `query` as `schemas.AgentQuery` loads it."""
     with reading() as connection:
-        found, following = newest_page(connection, sa.select(Agent).where(*_filters(query)), Agent.pk, query)
-    return {"agents": found, "next": following}
-
-
-def usage(connection: sa.Connection, agent: Any) -> dict[str, Any]:
-    """Totals, rotations and the last thirty days of an agent, as `schemas.Usage` shows them."""
-    return {
-        "token_count": agent.token_count,
-        "refresh_count": agent.refresh_count,
-        "last_activity_at": agent.last_activity_at,
-        "last_token_issued_at": agent.last_token_issued_at,
-        "rotation_history": _rotations(connection, agent),
-        "daily": _daily_usage(connection, agent),
-    }
-
-
-def update(connection: sa.Connection, agent: Any, fields: dict[str, Any]) -> Any:
-    """Change an agent's fields, as `schemas.AgentUpdate` loads them; returns the changed row."""
-    if "jwks" in fields and not fields["jwks"] and agent.token_endpoint_auth_method == "private_key_jwt":
-        raise Problem(409, "conflict", "This agent proves itself by its keys: give it others, not none.")
-    # An agent that comes back from its expiry brings no old tokens along, as with a reactivation.
-    if "expires_in" in fields and agent.expires_at is not None and agent.expires_at <= now():
-        _end_tokens(connection, agent)
-    agent = _set(connection, agent, **_columns(fields))
-    events.record(connection, "agent.updated", agent, changed=sorted(fields))
-    return agent
-
-
-def rotate(
-    connection: sa.Connection,
-    agent: Any,
-    secret: credentials.NewSecret,
-    *,
-    rotated_by: str,
-    grace_period: int = 0,
-    revoke_tokens: bool = False,
-) -> None:
-    """Make `secret` the agent's client secret.
-
-    :param secret: made before the transaction: bcrypt under the write lock would block every other writer.
-    :param grace_period: seconds the old secrets live on.
-    :param revoke_tokens: end every token of the agent, for a leak.
-    """
-    if agent.token_endpoint_auth_method == "private_key_jwt":
-        raise Problem(
-            409, "conflict", "This agent has no client secret: PATCH its jwks to give it other keys."
-        )
-    if grace_period:
-        ends_at = now() + timedelta(seconds=grace_period)
-        lives_longer = sa.or_(ClientSecret.expires_at.is_(None), ClientSecret.expires_at > ends_at)
-        shortened = sa.update(ClientSecret).where(*_live_secrets(agent), lives_longer)
-        connection.execute(shortened.values(expires_at=ends_at))
-    else:
-        connection.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
-    _add_secret(connection, agent, secret)
-    _add_rotation(connection, agent, rotated_by)
-    if revoke_tokens:
-        _end_tokens(connection, agent)
-    activity = {"last_activity_at": now()} if rotated_by == "self" else {}
-    _set(connection, agent, updated_at=now(), **activity)
-    facts: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
-    events.record(connection, "agent.credentials_rotated", agent, rotated_by=rotated_by, **facts)
-
-
-def deactivate(connection: sa.Connection, agent: Any) -> Any:
-    """Switch the agent off and end its tokens for good; returns the changed row."""
-    if not agent.is_active:
-        return agent
-    _end_tokens(connection, agent)
-    agent = _set(connection, agent, is_active=False, updated_at=now())
-    events.record(connection, "agent.deactivated", agent)
-    return agent
-
-
-def reactivate(connection: sa.Connection, agent: Any) -> Any:
-    """Switch the agent on again; returns the changed row."""
-    if agent.expires_at is not None and agent.expires_at <= now():
-        raise Problem(409, "conflict", "This agent has expired: give it a new expires_in first.")
-    if agent.is_active:
-        return agent
-    agent = _set(connection, agent, is_active=True, updated_at=now())
-    events.record(connection, "agent.reactivated", agent)
-    return agent
-
-
-def delete(connection: sa.Connection, agent: Any) -> None:
-    """Delete the agent with all its tokens."""
-    events.record(connection, "agent.deleted", agent)
-    connection.execute(sa.delete(Agent).where(Agent.pk == agent.pk))
-
-
-def rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
-    """Give the agent a new client secret; `fields` as `schemas.Rotate` loads them."""
-    secret = credentials.checker().make()
-    with writing() as connection:
-        rotate(connection, find(connection, agent_id), secret, rotated_by="admin", **fields)
-    return {"client_secret": secret.text}
-
-
-def delete_by_operator(agent_id: str) -> None:
-    """Delete the agent and all its tokens."""
-    with writing() as connection:
-        delete(connection, find(connection, agent_id))
-
-
-def change(agent_id: str, act: Callable[[sa.Connection, Any], Any]) -> dict[str, Any]:
-    """Do `deactivate` or `reactivate` to the agent, in a transaction of its own."""
-    with writing() as connection:
-        return {"agent": act(connection, find(connection, agent_id))}
+        agents, after = newest_page(connection, sa.select(Agent).where(*_filters(query)), Agent.pk, query)
+    return {"agents": agents, "next": after}
 
 
 def find(connection: sa.Connection, agent_id: str) -> Any:
-    """The agent with this id.
+    """Read an agent by its id.
 
     :raises Problem: 404.
     """
-    agent = connection.execute(sa.select(Agent).where(Agent.id == agent_id)).first()
+    statement = sa.select(Agent).where(Agent.id == agent_id)
+    agent = connection.execute(statement).first() if is_text(agent_id) else None
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
     return agent
 
 
-def _myself(connection: sa.Connection) -> Any:
-    """The calling agent, checked again under the write lock: it may have died since."""
-    g.guard()
-    return find(connection, g.agent.id)
+def rotate(
+    agent_id: str, *, rotated_by: str = "admin", grace_period: int = 0, revoke_tokens: bool = False
+) -> dict[str, str]:
+    """Give an agent a new client secret, and return it.
+
+    :param grace_period: seconds for which the old secrets stay valid.
+    :param revoke_tokens: end every token of the agent, for a leak.
+    :raises Problem: 404; 409 when the agent has no client secret.
+    """
+    secret = credentials.checker().make()  # bcrypt under the write lock would block every other writer
+    with _changing(agent_id) as (connection, agent):
+        if agent.token_endpoint_auth_method == "private_key_jwt":
+            raise Problem(409, "conflict", _NO_SECRET)
+        _end_secrets(connection, agent, grace_period)
+        _add_secret(connection, agent, secret)
+        _add_rotation(connection, agent, rotated_by)
+        if revoke_tokens:
+            _end_tokens(connection, agent)
+        activity = {"last_activity_at": now()} if rotated_by == "self" else {}
+        _set(connection, agent, updated_at=now(), **activity)
+        data: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
+        events.record(connection, "agent.credentials_rotated", agent, rotated_by=rotated_by, **data)
+    return {"client_secret": secret.text}
+
+
+def deactivate(agent_id: str) -> dict[str, Any]:
+    """Deactivate an agent and end its tokens."""
+    with _changing(agent_id) as (connection, agent):
+        if agent.is_active:
+            _end_tokens(connection, agent)
+            agent = _set(connection, agent, is_active=False, updated_at=now())
+            events.record(connection, "agent.deactivated", agent)
+        return {"agent": agent}
+
+
+def reactivate(agent_id: str) -> dict[str, Any]:
+    """Reactivate an agent.
+
+    :raises Problem: 404; 409 when the agent has expired.
+    """
+    with _changing(agent_id) as (connection, agent):
+        if agent.expires_at is not None and agent.expires_at <= now():
+            raise Problem(409, "conflict", _EXPIRED)
+        if not agent.is_active:
+            agent = _set(connection, agent, is_active=True, updated_at=now())
+            events.record(connection, "agent.reactivated", agent)
+        return {"agent": agent}
+
+
+def delete(agent_id: str) -> None:
+    """Delete an agent and all its tokens."""
+    with _changing(agent_id) as (connection, agent):
+        events.record(connection, "agent.deleted", agent)
+        connection.execute(sa.delete(Agent).where(Agent.pk == agent.pk))
+
+
+@contextmanager
+def _changing(agent_id: str) -> Iterator[tuple[sa.Connection, Any]]:
+    """Begin a write transaction and read the agent in it."""
+    with writing() as connection:
+        # The calling agent may have been deactivated, or its token revoked, while it waited for the lock.
+        if has_request_context() and request.blueprint == self_service.name:
+            g.guard()
+        yield connection, find(connection, agent_id)
 
 
 def _columns(fields: dict[str, Any]) -> dict[str, Any]:
-    """The columns that hold the fields of `schemas.AgentFields`."""
+    """Turn the fields of a request into columns: `expires_in` becomes `expires_at`."""
     columns = {**fields, "updated_at": now()}
     if "expires_in" in columns:
         seconds = columns.pop("expires_in")
@@ -362,10 +316,25 @@ def _add_secret(connection: sa.Connection, agent: Any, secret: credentials.NewSe
     connection.execute(sa.insert(ClientSecret), {**row, "created_at": now()})
 
 
+def _end_secrets(connection: sa.Connection, agent: Any, grace_period: int) -> None:
+    if not grace_period:
+        connection.execute(sa.delete(ClientSecret).where(ClientSecret.agent_pk == agent.pk))
+        return
+    ends_at = now() + timedelta(seconds=grace_period)
+    ends_later = sa.or_(ClientSecret.expires_at.is_(None), ClientSecret.expires_at > ends_at)
+    connection.execute(
+        sa.update(ClientSecret).where(*_valid_secrets(agent), ends_later).values(expires_at=ends_at)
+    )
+
+
+def _valid_secrets(agent: Any) -> tuple[sa.ColumnElement[bool], ...]:
+    return ClientSecret.agent_pk == agent.pk, ClientSecret.live(now())
+
+
 def _add_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> None:
-    mine = Rotation.agent_pk == agent.pk
-    shown = sa.select(Rotation.pk).where(mine).order_by(Rotation.pk.desc()).limit(ROTATIONS_SHOWN - 1)
-    connection.execute(sa.delete(Rotation).where(mine, Rotation.pk.not_in(shown)))
+    of_agent = Rotation.agent_pk == agent.pk
+    shown = sa.select(Rotation.pk).where(of_agent).order_by(Rotation.pk.desc()).limit(ROTATIONS_SHOWN - 1)
+    connection.execute(sa.delete(Rotation).where(of_agent, Rotation.pk.not_in(shown)))
     row = {"agent_pk": agent.pk, "rotated_at": now(), "rotated_by": rotated_by}
     connection.execute(sa.insert(Rotation), row)
 
@@ -373,10 +342,6 @@ def _add_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> Non
 def _end_tokens(connection: sa.Connection, agent: Any) -> None:
     _set(connection, agent, token_version=Agent.token_version + 1)
     connection.execute(sa.delete(RefreshFamily).where(RefreshFamily.agent_pk == agent.pk))
-
-
-def _live_secrets(agent: Any) -> tuple[sa.ColumnElement[bool], ...]:
-    return ClientSecret.agent_pk == agent.pk, ClientSecret.live(now())
 
 
 def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
@@ -393,10 +358,10 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
         filters.append(sa.func.coalesce(Agent.last_activity_at, Agent.created_at) < since)
     if query["q"] is not None:
         columns = (Agent.name, Agent.description, Agent.owner)
-        found = [column.icontains(query["q"], autoescape=True) for column in columns]
+        matches = [column.icontains(query["q"], autoescape=True) for column in columns]
         if credentials.begins_client_id(query["q"]):
-            found.append(Agent.client_id.startswith(query["q"], autoescape=True))
-        filters.append(sa.or_(*found))
+            matches.append(Agent.client_id.startswith(query["q"], autoescape=True))
+        filters.append(sa.or_(*matches))
     return filters
 
 
@@ -406,7 +371,7 @@ def _rotations(connection: sa.Connection, agent: Any) -> Sequence[Any]:
 
 
 def _daily_usage(connection: sa.Connection, agent: Any) -> list[Any]:
-    """The last thirty days, today last, the idle ones with zeros."""
+    """Return a row for each of the last thirty days, today last; days without tokens have zeros."""
     today = now().date()
     days = [today - timedelta(days=back) for back in range(USAGE_DAYS - 1, -1, -1)]
     statement = sa.select(UsageDay).where(UsageDay.agent_pk == agent.pk, UsageDay.day >= days[0])

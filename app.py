@@ -89,6 +89,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would answer HTML
     # First of all: a request that local mode refuses has an id too, and a line in the log.
+    metrics.init_app(app)
     access_log.init_app(app, settings)
     events.init_app(app)
     _init_headers(app, settings)
@@ -100,7 +101,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     app.before_request(_guard)
     _register_routes(app)
     _register_error_handlers(app)
-    metrics.init_app(app)
     return app
 
 

@@ -166,7 +166,7 @@ def create_agent(as_json: bool, **given: Any) -> None:
 def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
     """Give an agent a new client secret, and print it."""
     fields = output.load(schemas.Rotate(), given)
-    rotated = schemas.Rotated().dump(agents.rotate_by_operator(_id_of(agent), fields))
+    rotated = schemas.Rotated().dump(agents.rotate(_id_of(agent), **fields))
     if as_json:
         output.show_json(rotated)
     else:
@@ -178,7 +178,7 @@ def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
 @as_json
 def deactivate_agent(agent: str, as_json: bool) -> None:
     """Switch an agent off, and end its tokens: the kill switch."""
-    _show_agent(agents.change(_id_of(agent), agents.deactivate), as_json)
+    _show_agent(agents.deactivate(_id_of(agent)), as_json)
 
 
 @agent_room.command("reactivate")
@@ -186,7 +186,7 @@ def deactivate_agent(agent: str, as_json: bool) -> None:
 @as_json
 def reactivate_agent(agent: str, as_json: bool) -> None:
     """Switch an agent on again, without its old tokens."""
-    _show_agent(agents.change(_id_of(agent), agents.reactivate), as_json)
+    _show_agent(agents.reactivate(_id_of(agent)), as_json)
 
 
 @agent_room.command("delete")
@@ -199,7 +199,7 @@ def delete_agent(agent: str, yes: bool) -> None:
     if not yes:
         question = f"Delete {output.printable(found.name)} ({found.client_id}) and all its tokens?"
         click.confirm(question, abort=True, err=True)
-    agents.delete_by_operator(found.id)
+    agents.delete(found.id)
     output.note(f"Deleted {found.client_id}.")
 
 
@@ -207,7 +207,7 @@ def delete_agent(agent: str, yes: bool) -> None:
 @as_json
 def list_webhooks(as_json: bool) -> None:
     """All webhooks, newest first."""
-    document = schemas.WebhookList().dump({"webhooks": webhooks.list_all()})
+    document = schemas.WebhookList().dump(webhooks.list_all())
     _show_list(document, WEBHOOK_COLUMNS, as_json)
 
 
@@ -229,7 +229,7 @@ def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: st
 @as_json
 def redeliver(webhook: str, delivery: str, as_json: bool) -> None:
     """Send a delivery again from the start, under the same id."""
-    document = schemas.DeliveryAnswer().dump(webhooks.send_again(webhook, delivery))
+    document = schemas.DeliveryAnswer().dump(webhooks.make_due(webhook, delivery))
     _show_one(document, "delivery", as_json)
 
 

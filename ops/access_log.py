@@ -1,4 +1,4 @@
-"""The log: a line for each request when the settings ask for it, and in which request a warning was."""
+"""The access log, one JSON line for each request if LANYARD_ACCESS_LOG is set; the format of warnings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import time
-from typing import Any
 
 from flask import Flask, Response, g, has_app_context, request
 
@@ -15,18 +14,18 @@ from config import Settings
 from events import NOBODY
 from models import now
 
-_lines = logging.getLogger("lanyard.access")
+_access = logging.getLogger("lanyard.access")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Formatter(logging.Formatter):
-    """Time, level, the request's id, the message; every further line is indented, so none can be forged."""
+    """Format time, level, request id and message; indent further lines, so that none can be forged."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(request_id)s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Return the record as text."""
         record.request_id = g.get("request_id", "-") if has_app_context() else "-"
         return "\n    ".join(super().format(record).splitlines())
 
@@ -39,61 +38,47 @@ def open_log() -> None:
 
 
 def init_app(app: Flask, settings: Settings) -> None:
-    """Log every request on standard output, when the settings say so; otherwise no request pays for it.
+    """Log every request on standard output if the settings say so.
 
-    It comes before the other rooms: its clock starts first, and it sees the answer last.
+    Call it after `metrics.init_app`, which sets `g.started`, and before other hooks are registered: the
+    first one in sees the response last.
     """
-    _lines.handlers.clear()
+    _access.handlers.clear()
     if not settings.access_log:
         return
-    _lines.addHandler(logging.StreamHandler(sys.stdout))
-    _lines.setLevel(logging.INFO)
-    _lines.propagate = False
-    app.before_request(_start)
-    app.after_request(_write_down)
+    _access.addHandler(logging.StreamHandler(sys.stdout))
+    _access.setLevel(logging.INFO)
+    _access.propagate = False
+    app.after_request(_log_request)
 
 
-def _start() -> None:
-    g.started = time.perf_counter()
-
-
-def _write_down(response: Response) -> Response:
-    _write(
-        request_id=g.request_id,
-        address=request.remote_addr,
-        method=request.method if request.method in _METHODS else None,
-        route=route_name(request.url_rule.rule) if request.url_rule else None,
-        path=_harmless_path(response),
-        status=response.status_code,
-        bytes=_size(response),
-        duration_ms=round((time.perf_counter() - g.started) * 1000, 1),
-        actor=g.get("actor", NOBODY),
-        client_id=g.get("client_id"),
-    )
+def _log_request(response: Response) -> Response:
+    line = {
+        "time": rfc3339(now()),
+        "request_id": g.request_id,
+        "address": request.remote_addr,
+        "method": request.method if request.method in _METHODS else None,
+        "route": route_name(request.url_rule.rule) if request.url_rule else None,
+        "path": _path(response),
+        "status": response.status_code,
+        "bytes": _body_size(response),
+        "duration_ms": round((time.perf_counter() - g.started) * 1000, 1),
+        "actor": g.get("actor", NOBODY),
+        "client_id": g.get("client_id"),
+    }
+    # JSON escapes line breaks and all that is not ASCII.
+    _access.info("%s", json.dumps(line))
     return response
 
 
-def _harmless_path(response: Response) -> str | None:
-    """The path, where it is sure to hold no secret put there by mistake.
-
-    That is where the route has no variable part, or what stands in it was found.
-    """
+def _path(response: Response) -> str | None:
+    # A secret may be in the path by mistake, unless the route has no variable part or what it names exists.
     if request.url_rule is None or (request.view_args and response.status_code >= 400):
         return None
     return request.path
 
 
-def _size(response: Response) -> int | None:
-    """The body's bytes."""
+def _body_size(response: Response) -> int | None:
     if request.method == "HEAD" or response.status_code in (204, 304):
         return 0
     return response.calculate_content_length()
-
-
-def _write(**known: Any) -> None:
-    line: dict[str, Any] = {"time": rfc3339(now())}
-    names = ("request_id", "address", "method", "route", "path", "status", "bytes", "duration_ms")
-    line |= {name: known.get(name) for name in names}
-    line |= {"actor": known.get("actor", NOBODY), "client_id": known.get("client_id")}
-    # JSON escapes whatever could end the line, and all that is not ASCII.
-    _lines.info("%s", json.dumps(line))

@@ -1,9 +1,8 @@
-"""Rubbish goes by itself: what has expired is deleted in small batches, between requests."""
+"""Delete expired rows in small batches after responses have been sent, or all at once for a command."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,12 +18,12 @@ from models import Base, Event, Webhook, now
 log = logging.getLogger("lanyard")
 
 BATCH = 200  # rows of one table in one transaction: some milliseconds of the write lock
-PAUSE = 10  # seconds a process leaves between sweeps that found nothing left to do
+INTERVAL = 10  # seconds between batches in one process, once nothing is left to delete
 
-# Each table's column that tells a row's end, and for how long after it the row is still wanted.
+# Each table's column that holds the end of a row, and how long the row is needed after it.
 _EXPIRING = {
     "refresh_families": ("expires_at", timedelta(0)),
-    # A day more, for a clock that was ahead for a while: what is spent must not come back.
+    # A day more, for a clock that was ahead for a while: a used assertion must not become valid again.
     "spent_assertions": ("expires_at", timedelta(days=1)),
     "failed_sign_ins": ("clear_at", timedelta(0)),
     "revoked_tokens": ("expires_at", timedelta(days=1)),
@@ -35,101 +34,77 @@ _EXPIRING = {
 
 
 def init_app(app: Flask) -> None:
-    """Sweep after an answer has been sent, when it is time again.
+    """Delete a batch after a response, every INTERVAL seconds; at every response while there is more."""
+    next_run = time.monotonic() + INTERVAL
 
-    There is no thread or timer to look after: rubbish only comes with requests, so it goes with them.
-    """
-    due = _Due()
+    def run() -> None:
+        nonlocal next_run
+        more = False
+        try:
+            with app.app_context():
+                more = delete_batch()
+        except DBAPIError as error:
+            if not is_transient(error):
+                log.exception("Expired rows cannot be deleted.")
+        finally:
+            next_run = time.monotonic() + (0 if more else INTERVAL)
 
     def after_request(response: Response) -> Response:
-        if due.now():
-            response.call_on_close(lambda: _sweep_in(app, due))
+        nonlocal next_run
+        if time.monotonic() >= next_run:
+            # Not for ever: a server may drop a response without closing it.
+            next_run = time.monotonic() + 6 * INTERVAL
+            response.call_on_close(run)
         return response
 
     app.after_request(after_request)
 
 
-def sweep() -> bool:
-    """Delete one batch of what has expired; returns whether there may be more."""
-    return max(_sweep(patient=False).values()) == BATCH
+def delete_batch() -> bool:
+    """Delete one batch of expired rows of each table; return whether there may be more."""
+    return max(_delete_batch(patient=False).values()) == BATCH
 
 
 def purge() -> Iterator[dict[str, int]]:
-    """Delete all that has expired, batch by batch; yields how many rows of each table went with each."""
+    """Delete all expired rows; yield after each batch how many of each table it held."""
     while True:
-        deleted = _sweep(patient=True)
+        deleted = _delete_batch(patient=True)
         yield deleted
         if max(deleted.values()) < BATCH:
             return
 
 
 def count_expired() -> int:
-    """How many rows there are to delete."""
+    """Return how many rows have expired."""
+    conditions = [*map(_has_expired, _EXPIRING), _is_old()]
     with reading() as connection:
-        counts = [_count(connection, Base.metadata.tables[name], _has_expired(name)) for name in _EXPIRING]
-        return sum(counts) + _count(connection, Event.__table__, _is_old())
+        return sum(connection.scalar(sa.select(sa.func.count()).where(one)) or 0 for one in conditions)
 
 
-def _sweep(*, patient: bool) -> dict[str, int]:
+def _delete_batch(*, patient: bool) -> dict[str, int]:
     deleted: dict[str, int] = {}
     for name in _EXPIRING:
         table = Base.metadata.tables[name]
         key = tuple(table.primary_key)
         expired = sa.select(*key).where(_has_expired(name)).limit(BATCH)
         deleted[name] = _change(sa.delete(table).where(sa.tuple_(*key).in_(expired)), patient)
-    # By their numbers, which grow with time: an index on it would cost every token.
+    # By row number, which grows with time: an index on created_at would slow down every token.
     oldest = sa.select(Event.pk).order_by(Event.pk).limit(BATCH)
     deleted["events"] = _change(sa.delete(Event).where(Event.pk.in_(oldest), _is_old()), patient)
-    over = Webhook.old_secret_expires_at <= now()
-    _change(sa.update(Webhook).where(over).values(old_secret=None, old_secret_expires_at=None), patient)
+    rotated = sa.update(Webhook).where(Webhook.old_secret_expires_at <= now())
+    _change(rotated.values(old_secret=None, old_secret_expires_at=None), patient)
     return deleted
 
 
 def _has_expired(table: str) -> sa.ColumnElement[bool]:
-    column, kept = _EXPIRING[table]
-    return Base.metadata.tables[table].c[column] <= now() - kept
+    column, needed = _EXPIRING[table]
+    return Base.metadata.tables[table].c[column] <= now() - needed
 
 
 def _is_old() -> sa.ColumnElement[bool]:
     return Event.created_at <= now() - timedelta(days=settings().event_retention_days)
 
 
-def _count(connection: sa.Connection, table: sa.FromClause, expired: sa.ColumnElement[bool]) -> int:
-    return connection.scalar(sa.select(sa.func.count()).select_from(table).where(expired)) or 0
-
-
 def _change(statement: sa.UpdateBase, patient: bool) -> int:
     with writing(durable=False, patient=patient) as connection:
         return connection.execute(statement).rowcount
-
-
-class _Due:
-    """When this process sweeps next; one request at a time is told that it is now."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._next = time.monotonic() + PAUSE
-
-    def now(self) -> bool:
-        with self._lock:
-            if time.monotonic() < self._next:
-                return False
-            # Not for ever: a server might lose an answer without closing it.
-            self._next = time.monotonic() + 6 * PAUSE
-            return True
-
-    def again(self, *, at_once: bool) -> None:
-        self._next = time.monotonic() + (0 if at_once else PAUSE)
-
-
-def _sweep_in(app: Flask, due: _Due) -> None:
-    more = False
-    try:
-        with app.app_context():
-            more = sweep()
-    except DBAPIError as error:
-        # Locked or full just now: the next sweep finds it all again.
-        if not is_transient(error):
-            log.exception("What has expired cannot be deleted.")
-    finally:
-        due.again(at_once=more)

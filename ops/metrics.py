@@ -1,4 +1,4 @@
-"""`GET /metrics`: what the database holds and what the workers count, for Prometheus."""
+"""`GET /metrics`: gauges read from the database, and what the workers have counted, for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import sqlalchemy as sa
-from flask import Flask, Response
+from flask import Flask, Response, g, request
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -29,7 +28,7 @@ from counters import DURATION, REGISTRY
 from database import reading
 from models import Agent, Delivery, Event, RefreshFamily, Webhook, now
 
-KEPT = 15.0  # seconds between counts of rows: one takes 70 ms with a million refresh tokens
+ROW_COUNT_AGE = 15.0  # seconds for which counts of rows are cached: one takes 70 ms with a million tokens
 STARTED = time.time()  # in gunicorn's master, before it forks
 
 bp = Blueprint("metrics", __name__, description="Metrics", security=BY_OPERATOR)
@@ -43,8 +42,12 @@ def show_metrics() -> Response:
 
 
 def init_app(app: Flask) -> None:
-    """Time every request of the app, and collect what its database and its processes have counted."""
-    app.wsgi_app = _timed(app.wsgi_app)  # type: ignore[method-assign]
+    """Time every request, and register what `/metrics` shows.
+
+    Call it before other hooks are registered: the first one in runs first before a request and last after it.
+    """
+    app.before_request(_start)
+    app.after_request(_observe)
     registry = state(app).metrics = CollectorRegistry()
     for collector in (_Database(), MultiProcessCollector(None) if _is_shared() else REGISTRY, _Service()):
         registry.register(collector)
@@ -55,68 +58,41 @@ def _is_shared() -> bool:
     return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
-def _timed(wsgi_app: Callable[..., Any]) -> Callable[..., Any]:
-    """Time the app from the call to the last header: sending the body takes as long as the client likes."""
-
-    def timed(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        began = perf_counter()
-        observe = _observer("unmatched", "any", "5xx")
-
-        def start(status: str, *args: Any) -> Any:
-            nonlocal observe
-            # Flask drops its request soon after.
-            request = environ.get("werkzeug.request")
-            # The rule, never the raw path: each one that a stranger invents would be a new series.
-            if request and request.url_rule:
-                observe = _observer(request.url_rule.rule, request.method, f"{status[0]}xx")
-            else:
-                observe = _observer("unmatched", "any", f"{status[0]}xx")
-            return start_response(status, *args)
-
-        try:
-            return wsgi_app(environ, start)
-        finally:
-            observe(perf_counter() - began)
-
-    return timed
+def _start() -> None:
+    g.started = perf_counter()
 
 
-@cache  # labels() takes as long as the rest
+def _observe(response: Response) -> Response:
+    # The rule, never the raw path: each invented path would be a new series.
+    rule, method = (request.url_rule.rule, request.method) if request.url_rule else ("unmatched", "any")
+    _observer(rule, method, f"{response.status_code // 100}xx")(perf_counter() - g.started)
+    return response
+
+
+@cache  # labels() takes as long as the rest of the timing
 def _observer(rule: str, method: str, status: str) -> Callable[[float], None]:
     return DURATION.labels(route_name(rule), method, status).observe
 
 
 class _Database(Collector):
-    """State, read at the scrape: the same in every worker."""
+    """Gauges read from the database, the same in every worker."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: list[Metric] = []
-        self._kept_until = 0.0
+        self._cached: list[Metric] = []
+        self._cached_until = 0.0
 
     def collect(self) -> Iterator[Metric]:
         with reading() as connection:
-            yield from self._collect(connection)
-
-    def _collect(self, connection: sa.Connection) -> Iterator[Metric]:
-        with self._lock:  # concurrent scrapes wait for one count
-            if time.monotonic() >= self._kept_until:
-                self._kept = list(_row_counts(connection))
-                self._kept_until = time.monotonic() + KEPT
-            kept = self._kept
-        yield from kept
-        text = "How long the webhook delivery that is due longest has been due; 0 when none is."
-        yield GaugeMetricFamily("lanyard_webhook_delivery_overdue_seconds", text, _overdue(connection))
-        yield GaugeMetricFamily(
-            "lanyard_events", "Events in the audit log, approximately.", _events(connection)
-        )
-        yield from _signing_keys(connection)
-        sizes = database.backend(settings()).sizes(settings(), connection)
-        yield _gauge("lanyard_database_size_bytes", "Size of the database's files.", "file", sizes)
+            with self._lock:  # concurrent scrapes wait for one count
+                if time.monotonic() >= self._cached_until:
+                    self._cached = list(_row_counts(connection))
+                    self._cached_until = time.monotonic() + ROW_COUNT_AGE
+            yield from self._cached
+            yield from _cheap_gauges(connection)
 
 
 def _row_counts(connection: sa.Connection) -> Iterator[Metric]:
-    """Count what takes a look at each row."""
     yield _gauge("lanyard_agents", "Registered agents.", "state", _agents(connection))
     text = "Grants whose refresh token works."
     yield GaugeMetricFamily("lanyard_refresh_token_families", text, _families(connection))
@@ -124,8 +100,18 @@ def _row_counts(connection: sa.Connection) -> Iterator[Metric]:
     yield _gauge("lanyard_webhook_deliveries_waiting", text, "status", _deliveries(connection))
 
 
+def _cheap_gauges(connection: sa.Connection) -> Iterator[Metric]:
+    text = "How long the webhook delivery that is due longest has been due; 0 when none is."
+    yield GaugeMetricFamily("lanyard_webhook_delivery_overdue_seconds", text, _overdue(connection))
+    text = "Events in the audit log, approximately."
+    yield GaugeMetricFamily("lanyard_events", text, _events(connection))
+    yield from _signing_keys(connection)
+    sizes = database.backend(settings()).sizes(settings(), connection)
+    yield _gauge("lanyard_database_size_bytes", "Size of the database's files.", "file", sizes)
+
+
 class _Service(Collector):
-    """The server as a whole, whichever of its processes answers."""
+    """Metrics of the server as a whole, the same in every worker."""
 
     def collect(self) -> Iterator[Metric]:
         info = {"version": VERSION, "python_version": platform.python_version()}
@@ -136,7 +122,7 @@ class _Service(Collector):
             processes = _processes()
             cpu, memory = sum(map(_cpu_seconds, processes)), sum(map(_memory_bytes, processes))
         except OSError:
-            return  # no /proc, or a process has just ended: a gap, since a sum without it would be a reset
+            return  # no /proc, or a process has just ended: a sum without it would look like a reset
         yield CounterMetricFamily("lanyard_cpu_seconds", "Processor time of all processes.", cpu)
         yield GaugeMetricFamily("lanyard_memory_bytes", "Memory of all processes, shared pages once.", memory)
 
@@ -157,28 +143,22 @@ def _cpu_seconds(process: Path) -> float:
 
 def _memory_bytes(process: Path) -> int:
     """Return the proportional set size: a page that n processes share counts as an n-th in each."""
-    found = re.search(r"^Pss: +(\d+) kB", (process / "smaps_rollup").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    size = re.search(r"^Pss: +(\d+) kB", (process / "smaps_rollup").read_text(), re.MULTILINE)
+    return int(size[1]) * 1024 if size else 0
 
 
 def _agents(connection: sa.Connection) -> dict[str, int]:
     expired = sa.and_(Agent.is_active, Agent.expires_at <= now())
     counts = [sa.func.count(), sa.func.count().filter(~Agent.is_active), sa.func.count().filter(expired)]
-    counted = connection.execute(sa.select(*counts).select_from(Agent)).one()
-    everyone, deactivated, expired_ones = map(int, counted)
-    return {
-        "active": everyone - deactivated - expired_ones,
-        "deactivated": deactivated,
-        "expired": expired_ones,
-    }
+    total, deactivated, ended = map(int, connection.execute(sa.select(*counts).select_from(Agent)).one())
+    return {"active": total - deactivated - ended, "deactivated": deactivated, "expired": ended}
 
 
 def _families(connection: sa.Connection) -> int:
-    # Counting all walks an index only; the few expired ones that await deletion are a short range of another.
-    everyone = sa.select(sa.func.count()).select_from(RefreshFamily)
-    expired = everyone.where(RefreshFamily.expires_at <= now())
-    counted = connection.execute(sa.select(everyone.scalar_subquery(), expired.scalar_subquery())).one()
-    return int(counted[0] - counted[1])
+    # Counting all reads one index; the few that have expired and await deletion are a short range of another.
+    total = sa.select(sa.func.count()).select_from(RefreshFamily)
+    expired = total.where(RefreshFamily.expires_at <= now())
+    return int(connection.scalar(sa.select(total.scalar_subquery() - expired.scalar_subquery())) or 0)
 
 
 def _deliveries(connection: sa.Connection) -> dict[str, int]:
@@ -209,21 +189,18 @@ def _events(connection: sa.Connection) -> int:
     return 0 if oldest is None else newest - oldest + 1
 
 
-def _signing_keys(connection: sa.Connection) -> tuple[Metric, Metric]:
+def _signing_keys(connection: sa.Connection) -> Iterator[Metric]:
+    listed = keys.list_keys(connection)
+    signing = {key.alg: key.created_at.timestamp() for key in listed if key.state == "signing"}
     text = "When the current signing key was made, in Unix time."
-    made = GaugeMetricFamily("lanyard_signing_key_created_timestamp_seconds", text, labels=["alg"])
+    yield _gauge("lanyard_signing_key_created_timestamp_seconds", text, "alg", signing)
+    following = {key.alg: key.signs_from.timestamp() for key in listed if key.state == "published"}
     text = "When the published next key starts to sign, in Unix time."
-    following = GaugeMetricFamily("lanyard_signing_key_next_timestamp_seconds", text, labels=["alg"])
-    for key in keys.list_keys(connection):
-        if key.state == "signing":
-            made.add_metric([key.alg], key.created_at.timestamp())
-        elif key.state == "published":
-            following.add_metric([key.alg], key.signs_from.timestamp())
-    return made, following
+    yield _gauge("lanyard_signing_key_next_timestamp_seconds", text, "alg", following)
 
 
 def _gauge(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=[label])
-    for of, value in values.items():
-        family.add_metric([of], value)
+    for label_value, value in values.items():
+        family.add_metric([label_value], value)
     return family

@@ -1,4 +1,4 @@
-"""A folder through which gunicorn's workers share their metrics: prometheus_client's multiprocess mode."""
+"""The folder in which gunicorn's workers share metrics: prometheus_client's multiprocess mode."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ PREFIX = "lanyard-metrics-"
 
 
 def base_folder() -> Path:
-    """Return where the folder goes: memory, since writing a mapped file on a full disk kills the process."""
+    """Return the folder's parent: in memory, since writing a mapped file on a full disk kills the process."""
     memory = Path("/dev/shm")  # noqa: S108 - the folder in it is made by mkdtemp
     return memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
 
 
 @cache  # gunicorn runs its configuration again at a reload
 def share() -> None:
-    """Put the metrics made from now on in a new folder, shared with every process forked from this one.
+    """Make the folder, for the metrics of this process and of every process forked from it.
 
-    The folder is removed when this process exits, or by the next start when it was killed.
+    It is removed when this process exits, or by the next start if this process was killed.
     """
     base = base_folder()
     _remove_leftovers(base)
     unlocked = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
     locks = (unlocked / "locks").open("a")
     _take_number(locks)
-    # Renamed once locked, so that another server's start does not take it for a leftover.
+    # Renamed once locked: else another server's start could remove it.
     folder = unlocked.rename(base / unlocked.name.removeprefix("."))
-    # Files are named after this. With the library's choice, the process id, those of dead workers would
-    # pile up; a number is taken over by the next worker, which counts on in the files.
-    name = "first"  # never a number: a worker must not count on from values inherited by fork
+    # Part of the files' names. With the library's default, the process id, files of ended workers would
+    # accumulate; the next worker takes over the number of an ended one and adds to its files.
+    name = "first"  # no number: a worker must not add to values inherited by fork
 
     def take_name() -> None:
         nonlocal name
@@ -54,7 +54,7 @@ def share() -> None:
 
 
 def _take_number(locks: IO[str]) -> int:
-    """Return the lowest free number. Its lock ends with the process, and is not inherited."""
+    """Return the lowest free number. Its lock ends with the process, and a fork does not inherit it."""
     return next(number for number in count() if _lock(locks, number, 1))
 
 
@@ -67,9 +67,9 @@ def _lock(locks: IO[str], start: int = 0, length: int = 0) -> bool:
 
 
 def _remove_leftovers(base: Path) -> None:
-    """Remove the folders of servers of which no process runs any more."""
+    """Remove the folders of servers whose processes have all ended."""
     for folder in base.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another start may have removed it
+        with suppress(OSError):  # another server's start may remove it at the same time
             if folder.lstat().st_uid == os.geteuid():
                 with (folder / "locks").open("a") as locks:
                     if _lock(locks):

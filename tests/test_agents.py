@@ -220,7 +220,7 @@ def test_a_bad_query_parameter_is_named(operator: Operator, query: str, named: s
 
 
 @pytest.mark.parametrize(
-    "agent_id", ["00000000-0000-4000-8000-000000000000", "no-uuid", "%00", "%FF", "x" * 3000]
+    "agent_id", ["00000000-0000-4000-8000-000000000000", "no-uuid", "%00", "no%00uuid", "%FF", "x" * 3000]
 )
 @pytest.mark.parametrize(
     ("method", "path", "body"),

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import on_postgresql
@@ -245,9 +246,9 @@ def test_one_delivery_at_a_time_waits_for_the_write_lock(app: Flask, monkeypatch
 
     def settle() -> None:
         with app.app_context():
-            delivery._settle(parcel, delivery.Outcome(None, None, "no answer", None))
+            delivery._record_outcome(attempted, delivery.Outcome(error="no answer"))
 
-    parcel = delivery.Parcel(1, 1, "https://example.com", b"", "evt_x", (), None, True)
+    attempted = SimpleNamespace(pk=1, webhook_pk=1)
     monkeypatch.setattr(delivery, "writing", watched)
     with ThreadPoolExecutor(8) as pool:
         for future in [pool.submit(settle) for _ in range(8)]:

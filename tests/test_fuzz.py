@@ -82,7 +82,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Ite
     copy_instance(quick_start, folder)
     with pytest.MonkeyPatch.context() as patch:
         # What comes and goes beside the requests would look like a change they made.
-        patch.setattr(cleanup, "PAUSE", 10**9)
+        patch.setattr(cleanup, "INTERVAL", 10**9)
         patch.setattr(events._Limiter, "allow", lambda self, kind: False)
         app = create_app(settings_for(folder, SIGNING_ALG="ES256", WEBHOOK_ALLOW_PRIVATE="1"), serving=True)
         with engine_of(folder).connect().execution_options(isolation_level="AUTOCOMMIT") as eye:

@@ -22,7 +22,7 @@ from ops import cleanup
 @pytest.fixture
 def app(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> Flask:
     """An app that sweeps after every answer, two rows at a time."""
-    monkeypatch.setattr(cleanup, "PAUSE", 0)
+    monkeypatch.setattr(cleanup, "INTERVAL", 0)
     monkeypatch.setattr(cleanup, "BATCH", 2)
     made: Flask = make_app()
     return made
@@ -88,7 +88,7 @@ def test_a_sweep_waits_for_its_turn_among_writers(app: Flask, tmp_path: Path) ->
     release = threading.Timer(0.05, other.close)
     release.start()
     with app.app_context():
-        assert cleanup.sweep() is False, "under load there is always another writer"
+        assert cleanup.delete_batch() is False, "under load there is always another writer"
     release.join()
 
 
@@ -96,10 +96,10 @@ def test_a_sweep_does_not_wait_long_for_another_writer(app: Flask, tmp_path: Pat
     with app.app_context():
         with closing(lock(tmp_path)), pytest.raises(sa.exc.OperationalError):
             started = time.monotonic()
-            cleanup.sweep()
+            cleanup.delete_batch()
         assert 0.25 < time.monotonic() - started < 3
         db.session.rollback()
-        assert cleanup.sweep() is False
+        assert cleanup.delete_batch() is False
 
 
 def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
@@ -108,7 +108,7 @@ def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
     def fail() -> bool:
         raise sa.exc.OperationalError("sweep", {}, Exception("database is locked"))
 
-    monkeypatch.setattr(cleanup, "sweep", fail)
+    monkeypatch.setattr(cleanup, "delete_batch", fail)
     assert client.get("/health").status_code == 200
     monkeypatch.undo()
     assert client.get("/health").status_code == 200

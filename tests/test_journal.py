@@ -36,7 +36,7 @@ def log() -> io.StringIO:
 def app(log: io.StringIO, make_app: Callable[..., Flask]) -> Flask:
     """An app that logs its requests."""
     app = make_app(ACCESS_LOG="1")
-    handler = access_log._lines.handlers[0]
+    handler = access_log._access.handlers[0]
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(log)
     return app
@@ -137,8 +137,7 @@ def test_without_the_setting_nothing_is_logged_and_no_request_pays(
     app = make_app()
     app.test_client().get("/health")
     assert capsys.readouterr().out == ""
-    assert access_log._start not in app.before_request_funcs[None]
-    assert access_log._write_down not in app.after_request_funcs[None]
+    assert access_log._log_request not in app.after_request_funcs[None]
 
 
 def test_a_warning_tells_its_request_and_forges_no_line(app: Flask) -> None:

@@ -39,7 +39,7 @@ BEFORE: dict[tuple[str, ...], float] = {}
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No count of rows is kept, and what earlier tests of this process have counted is known."""
-    monkeypatch.setattr(metrics, "KEPT", 0)
+    monkeypatch.setattr(metrics, "ROW_COUNT_AGE", 0)
     BEFORE.clear()
     BEFORE.update(values(generate_latest(counters.REGISTRY).decode()))
 
@@ -276,7 +276,7 @@ def test_sizes_version_and_events_are_there(client: FlaskClient, agent: dict[str
 def test_rows_are_not_counted_at_every_scrape(
     client: FlaskClient, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "KEPT", 60)
+    monkeypatch.setattr(metrics, "ROW_COUNT_AGE", 60)
     before = scrape(client)["lanyard_agents", "active"]
     operator.create()
     assert scrape(client)["lanyard_agents", "active"] == before

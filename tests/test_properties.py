@@ -398,7 +398,7 @@ class Life(World):
 
     def sweep(self) -> None:
         with self.workers[0].app_context():
-            cleanup.sweep()
+            cleanup.delete_batch()
 
 
 def test_whatever_happens_two_workers_agree_with_the_model(quick_start: Path) -> None:

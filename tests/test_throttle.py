@@ -160,7 +160,7 @@ def test_what_is_forgotten_is_swept(client: FlaskClient, app: Flask, time_machin
     with app.app_context():
         assert db.session.query(FailedSignIns).count() == 2
         time_machine.advance(minutes=5)
-        cleanup.sweep()
+        cleanup.delete_batch()
         assert db.session.query(FailedSignIns).count() == 0
 
 

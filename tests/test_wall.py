@@ -138,14 +138,14 @@ class Receiver:
         self.listener.close()
 
 
-def post(receiver: Receiver) -> ssrf.Answer:
+def post(receiver: Receiver) -> ssrf.Response:
     target = ssrf.parse(f"http://hooks.example.com:{receiver.port}/hook", allow_private=True)
     return ssrf.post(target, "127.0.0.1", b"{}", {"webhook-id": "evt_1"})
 
 
 def test_the_address_that_was_checked_is_dialled_under_the_hosts_name() -> None:
     receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
-    assert post(receiver) == ssrf.Answer(200, "ok", None)
+    assert post(receiver) == ssrf.Response(200, "ok", None)
     assert b"POST /hook HTTP/1.1\r\n" in receiver.heard
     assert f"Host: hooks.example.com:{receiver.port}\r\n".encode() in receiver.heard
 
@@ -194,7 +194,7 @@ def test_however_much_a_receiver_says_little_is_heard(endless: bytes) -> None:
 
     answer = post(Receiver(flood))
     assert answer.status == 200
-    assert len(answer.body) <= ssrf.ANSWER_LIMIT
+    assert len(answer.body) <= ssrf.BODY_LIMIT
     assert sent < 20_000_000, "it was not read to its end"
 
 

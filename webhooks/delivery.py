@@ -1,4 +1,4 @@
-"""The deliverer: one thread of one worker that sends what is in the outbox, several at a time."""
+"""Webhook delivery: one thread of one process sends what is in the outbox, and retries what fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -17,108 +17,90 @@ from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
 import counters
-import events
 from api import rfc3339
 from config import DAY, VERSION, settings
 from database import backend, error_text, is_transient, reading, writing
 from models import Delivery, Event, Webhook, decrypt, now
 from storage import postgresql, sqlite
 from webhooks import ssrf
+from webhooks.routes import WITHOUT_SECRETS, record
 
 log = logging.getLogger("lanyard")
 
-# Seconds to wait after each failure; a webhook's `max_retries` says how many of them are used.
-SCHEDULE = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
-JITTER = 0.2  # at most this part more, so that what failed together does not come back together
-FAILING_FOR = timedelta(days=5)  # of nothing but failures switches a webhook off
-IN_FLIGHT = 32
-IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver delays nobody else's
-# Those that did not take the last have one place each, and half of all together: many dead hosts
-# delay nobody either.
-IN_FLIGHT_FAILING = 16
-REST = 30.0  # seconds to leave be what cannot be read or written
+# Seconds to wait after each failed attempt; a webhook's `max_retries` limits how many of them are used.
+RETRY_DELAYS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+RETRY_JITTER = 0.2  # at most this part more, so that deliveries that failed together are not retried together
+FAILING_FOR = timedelta(days=5)  # without a success: the webhook is deactivated
 GONE = 410
-POLL = 0.2  # seconds between looks into the outbox
-LEASE_POLL = 1.0  # seconds between tries to take over from a deliverer that died
-# SQLite's lock knows no queue: many deliveries that wait for it all the time would starve a request.
-_ONE_WRITES = threading.Lock()
+IN_FLIGHT = 32
+IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver does not delay the others
+# A webhook whose last attempt failed gets one slot; all failing webhooks together get half, so that
+# many unreachable hosts do not delay the others either.
+IN_FLIGHT_FAILING = 16
+POLL_INTERVAL = 0.2  # seconds between reads of the outbox
+LEASE_INTERVAL = 1.0  # seconds between attempts to take over from a process that has ended
+ERROR_PAUSE = 30.0  # seconds without new attempts after the outbox could not be read or written
+# SQLite's lock has no queue: many attempts waiting for it at once would starve the requests.
+_WRITE_LOCK = threading.Lock()
 
-
-_WEBHOOK = sa.select(
-    Webhook.pk,
-    Webhook.id,
-    Webhook.name,
-    Webhook.url,
-    Webhook.is_active,
-    Webhook.max_retries,
-    Webhook.failing_since,
-).where(Webhook.pk == sa.bindparam("webhook"))
-_PARCEL = (
-    Webhook.pk,
-    Webhook.url,
-    Webhook.failing_since,
-    # As stored: a secret that cannot be decrypted is the failure of this delivery, not of all that are due.
-    sa.type_coerce(Webhook.secret, sa.String).label("secret"),
-    sa.type_coerce(Webhook.old_secret, sa.String).label("old_secret"),
-    Webhook.old_secret_expires_at,
-    Delivery.pk.label("delivery_pk"),
-    Delivery.next_attempt_at,
-    Event.id.label("event_id"),
-    Event.type,
-    Event.created_at,
-    Event.data,
+_DUE = (
+    sa.select(
+        Delivery.pk,
+        Delivery.webhook_pk,
+        Delivery.next_attempt_at,
+        Event.id.label("event_id"),
+        Event.type,
+        Event.created_at,
+        Event.data,
+        Webhook.url,
+        Webhook.failing_since,
+        # As stored: a secret that cannot be decrypted fails its own delivery, not the read of all.
+        sa.type_coerce(Webhook.secret, sa.String).label("secret"),
+        sa.type_coerce(Webhook.old_secret, sa.String).label("old_secret"),
+        Webhook.old_secret_expires_at,
+    )
+    .select_from(Delivery)
+    .join(Webhook)
+    .join(Event)
+    .order_by(Delivery.next_attempt_at, Delivery.pk)
 )
 
 
-class Parcel(NamedTuple):
-    """All that an attempt needs, read in one go."""
-
-    delivery: int
-    webhook: int
-    url: str
-    body: bytes
-    event_id: str
-    secrets: tuple[str, ...]  # as stored
-    due_at: datetime | None
-    is_failing: bool
-
-
 class Outcome(NamedTuple):
-    """How an attempt went; no status when there was no answer."""
+    """The result of an attempt; without a response, `status` is None and `error` says why."""
 
-    status: int | None
-    body: str | None
-    error: str | None
-    retry_after: str | None
+    status: int | None = None
+    body: str | None = None
+    retry_after: str | None = None
+    error: str | None = None
 
     @property
     def is_success(self) -> bool:
-        """Whether the receiver took it."""
+        """Whether the status is 2xx."""
         return self.status is not None and 200 <= self.status < 300
 
 
 class Deliverer:
-    """Delivers while it holds the lease, of which there is one for all processes of all hosts."""
+    """Delivers while it holds the lease: one process of all, on all hosts, has it."""
 
     def __init__(self, app: Flask) -> None:
         self._app = app
         with app.app_context():
             self._lease: sqlite.Lease | postgresql.Lease = backend(settings()).Lease(settings())
-        self._is_sure = True  # whose turn it is
+        self._lease_failed = False
         self._stopping = threading.Event()
-        self._landed = threading.Event()
-        self._flying: dict[int, Parcel] = {}
-        self._lock = threading.Lock()
+        self._attempt_ended = threading.Event()
+        self._in_flight: dict[int, Any] = {}  # rows of _DUE by delivery
         self._thread = threading.Thread(target=self._run, name="deliverer", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it takes its turn when there is no deliverer."""
+        """Start the thread; it delivers once no other process does."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what is in flight, and start nothing more."""
+        """Start no more attempts, and wait for those in flight."""
         self._stopping.set()
-        self._landed.set()
+        self._attempt_ended.set()
         self._thread.join(ssrf.TIMEOUT)
 
     def _run(self) -> None:
@@ -126,218 +108,193 @@ class Deliverer:
             if self._has_lease():
                 self._deliver()
             else:
-                self._stopping.wait(LEASE_POLL)
+                self._stopping.wait(LEASE_INTERVAL)
         self._lease.close()
 
     def _has_lease(self) -> bool:
         try:
-            has_it = self._lease.take()
+            has_lease = self._lease.take()
         except Exception as error:
-            if self._is_sure:  # told once, and tried again every second
-                _complain("It cannot be told whose turn it is to deliver webhooks", error)
-            self._is_sure = False
+            if not self._lease_failed:  # logged once; the next try is in a second
+                _log_failure("The lease for webhook delivery cannot be taken", error)
+            self._lease_failed = True
             return False
-        self._is_sure = True
-        return has_it
+        self._lease_failed = False
+        return has_lease
 
     def _deliver(self) -> None:
         with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="delivery") as pool:
             while not self._stopping.is_set() and self._has_lease():
                 try:
                     with self._app.app_context():
-                        for parcel in self._due():
-                            with self._lock:
-                                self._flying[parcel.delivery] = parcel
-                            pool.submit(self._attempt, parcel)
+                        due = self._due()
                 except Exception as error:
-                    _complain("The outbox cannot be read", error)
-                    self._stopping.wait(REST)
-                # A delivery that is done makes room for the next at once.
-                self._landed.wait(POLL)
-                self._landed.clear()
+                    _log_failure("The outbox cannot be read", error)
+                    self._stopping.wait(ERROR_PAUSE)
+                    continue
+                for delivery in due:
+                    self._in_flight[delivery.pk] = delivery
+                    pool.submit(self._attempt, delivery)
+                self._attempt_ended.wait(POLL_INTERVAL)
+                self._attempt_ended.clear()
 
-    def _due(self) -> list[Parcel]:
-        """What may be sent now: the oldest first, but never too many of one webhook."""
-        with self._lock:
-            flying = list(self._flying.values())
-        taken = Counter(parcel.webhook for parcel in flying)
-        parcels: list[Parcel] = []
+    def _due(self) -> list[Any]:
+        """Return the deliveries to attempt now, oldest first, within the limits of what is in flight."""
+        in_flight = list(self._in_flight.values())
+        per_webhook = Counter(delivery.webhook_pk for delivery in in_flight)
+        due: list[Any] = []
         with reading() as connection:
-            for webhook, failing_since in _webhooks_with_something_due(connection):
-                free, most = IN_FLIGHT - len(flying) - len(parcels), IN_FLIGHT_EACH
+            for webhook_pk, failing_since in _webhooks_due(connection):
+                free, most = IN_FLIGHT - len(in_flight) - len(due), IN_FLIGHT_EACH
                 if failing_since is not None:
-                    failing = sum(parcel.is_failing for parcel in [*flying, *parcels])
+                    failing = sum(delivery.failing_since is not None for delivery in [*in_flight, *due])
                     free, most = min(free, IN_FLIGHT_FAILING - failing), 1
-                places = min(free, most - taken[webhook])
-                if places > 0:
-                    parcels += _parcels(connection, webhook, places, [parcel.delivery for parcel in flying])
-        return parcels
+                slots = min(free, most - per_webhook[webhook_pk])
+                if slots > 0:
+                    excluded = Delivery.pk.not_in([delivery.pk for delivery in in_flight])
+                    of_webhook = _DUE.where(Delivery.webhook_pk == webhook_pk, _is_due(), excluded)
+                    due += connection.execute(of_webhook.limit(slots))
+        return due
 
-    def _attempt(self, parcel: Parcel) -> None:
+    def _attempt(self, delivery: Any) -> None:
         try:
             with self._app.app_context():
-                outcome = _send(parcel)
-                _settle(parcel, outcome)
+                _record_outcome(delivery, _send(delivery))
         except Exception as error:
-            # It stays due, but a full disk must not make it go out again and again.
-            _complain("How a delivery went cannot be written down", error)
-            self._stopping.wait(REST)
+            # The delivery stays due: without a pause, a full disk would have it sent over and over.
+            _log_failure("The outcome of a webhook delivery cannot be recorded", error)
+            self._stopping.wait(ERROR_PAUSE)
         finally:
-            with self._lock:
-                self._flying.pop(parcel.delivery, None)
-            self._landed.set()
+            self._in_flight.pop(delivery.pk, None)
+            self._attempt_ended.set()
 
 
-def _complain(what: str, error: Exception) -> None:
-    # Where the database failed is no news when it is locked or full: one line will do.
+def _log_failure(what: str, error: Exception) -> None:
+    # A traceback says nothing more about a database that is locked or full.
     log.error("%s: %s", what, error_text(error), exc_info=None if is_transient(error) else error)
 
 
-def _webhooks_with_something_due(connection: sa.Connection) -> list[tuple[int, datetime | None]]:
-    due = Delivery.next_attempt_at <= now()
-    statement = sa.select(Webhook.pk, Webhook.failing_since).where(
-        Webhook.is_active, sa.exists().where(Delivery.webhook_pk == Webhook.pk, due)
-    )
-    found = [(pk, failing_since) for pk, failing_since in connection.execute(statement)]
-    random.shuffle(found)  # with more webhooks than places, each has its turn
-    found.sort(key=lambda entry: entry[1] is not None)  # the healthy first
-    return found
+def _is_due() -> sa.ColumnElement[bool]:
+    return Delivery.next_attempt_at <= now()
 
 
-def _parcels(connection: sa.Connection, webhook_pk: int, places: int, flying: list[int]) -> list[Parcel]:
-    statement = (
-        sa.select(*_PARCEL)
-        .join(Delivery, Webhook.pk == Delivery.webhook_pk)
-        .join(Event, Event.pk == Delivery.event_pk)
-        .where(
-            Delivery.webhook_pk == webhook_pk,
-            Delivery.next_attempt_at <= now(),
-            Delivery.pk.not_in(flying),
-        )
-        .order_by(Delivery.next_attempt_at, Delivery.pk)
-        .limit(places)
-    )
-    return [_parcel(row) for row in connection.execute(statement)]
+def _webhooks_due(connection: sa.Connection) -> list[Any]:
+    due = sa.exists().where(Delivery.webhook_pk == Webhook.pk, _is_due())
+    statement = sa.select(Webhook.pk, Webhook.failing_since).where(Webhook.is_active, due)
+    webhooks = list(connection.execute(statement))
+    random.shuffle(webhooks)  # with more webhooks than slots, none is always last
+    webhooks.sort(key=lambda webhook: webhook.failing_since is not None)
+    return webhooks
 
 
-def _parcel(row: Any) -> Parcel:
-    secrets = [row.secret]
-    if row.old_secret and row.old_secret_expires_at and row.old_secret_expires_at > now():
-        secrets.append(row.old_secret)
-    return Parcel(
-        row.delivery_pk,
-        row.pk,
-        row.url,
-        _body(row),
-        row.event_id,
-        tuple(secrets),
-        row.next_attempt_at,
-        row.failing_since is not None,
-    )
-
-
-def _body(row: Any) -> bytes:
-    """The same bytes at every attempt."""
-    timestamp = rfc3339(row.created_at)
-    body = {"id": row.event_id, "type": row.type, "timestamp": timestamp, "data": row.data}
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
-def _send(parcel: Parcel) -> Outcome:
-    """One attempt. Whatever goes wrong with it is this delivery's failure and nobody else's."""
+def _send(delivery: Any) -> Outcome:
+    """Make one attempt. Whatever goes wrong is the outcome of this delivery alone."""
     allow_private = settings().webhook_allow_private
     try:
-        target = ssrf.parse(parcel.url, allow_private=allow_private)
-        # Checked again, and dialled as checked: a name's answer may have changed since the webhook was made.
+        target = ssrf.parse(delivery.url, allow_private=allow_private)
+        # A name may resolve to another address by now: check again, and connect to what was checked.
         address = ssrf.resolve(target, allow_private=allow_private)
-        answer = ssrf.post(target, address, parcel.body, _headers(parcel))
+        body = _body(delivery)
+        return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
     except ssrf.Refused as refusal:
-        return Outcome(None, None, f"Refused: {refusal}", None)
+        return Outcome(error=f"Refused: {refusal}")
     except Exception as error:
-        return Outcome(None, None, f"{type(error).__name__}: {error}"[:200], None)
-    return Outcome(answer.status, answer.body, None, answer.retry_after)
+        return Outcome(error=f"{type(error).__name__}: {error}"[:200])
 
 
-def _headers(parcel: Parcel) -> dict[str, str]:
+def _body(delivery: Any) -> str:
+    """Return the body, the same in every attempt."""
+    timestamp = rfc3339(delivery.created_at)
+    body = {"id": delivery.event_id, "type": delivery.type, "timestamp": timestamp, "data": delivery.data}
+    return json.dumps(body, separators=(",", ":"))
+
+
+def _headers(delivery: Any, body: str) -> dict[str, str]:
+    """Sign the body as Standard Webhooks says, during a rotation's grace period with both secrets."""
     moment = now()
-    body = parcel.body.decode()
-    secrets = [decrypt(stored, settings().secret_keys) for stored in parcel.secrets]
-    signatures = [Signer(secret).sign(parcel.event_id, moment, body) for secret in secrets]
+    signatures = [Signer(secret).sign(delivery.event_id, moment, body) for secret in _secrets(delivery)]
     return {
         "Content-Type": "application/json",
         "User-Agent": f"Lanyard/{VERSION}",
-        "webhook-id": parcel.event_id,
+        "webhook-id": delivery.event_id,
         "webhook-timestamp": str(int(moment.timestamp())),
         "webhook-signature": " ".join(signatures),
     }
 
 
-def _settle(parcel: Parcel, outcome: Outcome) -> None:
-    """Record how the attempt went, and when to try again."""
-    with _ONE_WRITES, writing(durable=not outcome.is_success) as connection:
-        delivery = connection.execute(sa.select(Delivery).where(Delivery.pk == parcel.delivery)).first()
-        webhook = connection.execute(_WEBHOOK, {"webhook": parcel.webhook}).first()
+def _secrets(delivery: Any) -> list[str]:
+    stored = [delivery.secret]
+    if delivery.old_secret and delivery.old_secret_expires_at > now():
+        stored.append(delivery.old_secret)
+    return [decrypt(secret, settings().secret_keys) for secret in stored]
+
+
+def _record_outcome(attempted: Any, outcome: Outcome) -> None:
+    """Record an attempt's outcome, and when to retry."""
+    with _WRITE_LOCK, writing(durable=not outcome.is_success) as connection:
+        delivery = connection.execute(sa.select(Delivery).where(Delivery.pk == attempted.pk)).first()
+        of_webhook = sa.select(*WITHOUT_SECRETS).where(Webhook.pk == attempted.webhook_pk)
+        webhook = connection.execute(of_webhook).first()
         if delivery is None or webhook is None:
-            return  # deleted meanwhile
+            return  # deleted during the attempt
         changes: dict[str, Any] = {
             "last_attempt_at": now(),
             "response_status": outcome.status,
             "response_body": _without_nul(outcome.body),
             "error": _without_nul(outcome.error),
         }
-        # A redelivery that was asked for meanwhile is still to come.
-        if delivery.next_attempt_at == parcel.due_at:
-            changes |= _next_step(delivery.attempts + 1, webhook.max_retries, outcome)
+        # Else an operator has asked for a redelivery during the attempt, which is still to come.
+        if delivery.next_attempt_at == attempted.next_attempt_at:
+            changes |= _retry_or_end(delivery.attempts + 1, webhook.max_retries, outcome)
             counters.count_attempt(changes["status"])
         connection.execute(sa.update(Delivery).where(Delivery.pk == delivery.pk).values(changes))
-        # A webhook that was given another address meanwhile has not failed there.
-        if webhook.url == parcel.url:
-            _judge(connection, webhook, outcome)
+        # Else the webhook was given another URL during the attempt, which has not failed.
+        if webhook.url == attempted.url:
+            _update_failing(connection, webhook, outcome)
 
 
 def _without_nul(text: str | None) -> str | None:
-    """Text from a receiver as every database can keep it: PostgreSQL has no NUL in texts."""
+    # PostgreSQL's text type has no NUL.
     return text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def _judge(connection: sa.Connection, webhook: Any, outcome: Outcome) -> None:
-    """Note whether the webhook fails, and switch it off when it has failed for too long, or is gone."""
+def _update_failing(connection: sa.Connection, webhook: Any, outcome: Outcome) -> None:
+    """Record since when the webhook fails; deactivate it after FAILING_FOR or 410 Gone."""
     failing_since = None if outcome.is_success else webhook.failing_since or now()
+    changes: dict[str, Any] = {"failing_since": failing_since}
     reason = None
     if outcome.status == GONE:
         reason = "The receiver answered 410 Gone."
     elif failing_since and now() - failing_since >= FAILING_FOR:
-        reason = "Five days of nothing but failures."
-    changes: dict[str, Any] = {"failing_since": failing_since}
+        reason = "Every attempt of the last five days failed."
     if reason and webhook.is_active:
         changes |= {"is_active": False, "disabled_reason": reason}
-        facts: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
-        facts |= {"changed": ["is_active"], "disabled_reason": reason}
-        events.record(connection, "webhook.updated", **facts)
+        data: dict[str, Any] = {"changed": ["is_active"], "disabled_reason": reason}
+        record(connection, "webhook.updated", webhook.id, webhook.name, **data)
     connection.execute(sa.update(Webhook).where(Webhook.pk == webhook.pk).values(changes))
 
 
-def _next_step(attempts: int, max_retries: int, outcome: Outcome) -> dict[str, Any]:
-    """The delivery's status after so many attempts, and when to try next."""
+def _retry_or_end(attempts: int, max_retries: int, outcome: Outcome) -> dict[str, Any]:
+    """Return a delivery's columns after so many attempts: its status, and when to retry."""
     if outcome.is_success:
         return {"status": "delivered", "attempts": attempts, "next_attempt_at": None}
     if outcome.status == GONE or attempts > max_retries:
         return {"status": "dead", "attempts": attempts, "next_attempt_at": None}
-    next_attempt_at = now() + _pause(attempts, outcome.retry_after)
+    next_attempt_at = now() + _retry_delay(attempts, outcome.retry_after)
     return {"status": "retrying", "attempts": attempts, "next_attempt_at": next_attempt_at}
 
 
-def _pause(attempts: int, retry_after: str | None) -> timedelta:
-    asked = _asked_pause(retry_after) if retry_after else None
-    if asked is not None:
-        return timedelta(seconds=min(max(asked, SCHEDULE[0]), DAY))
-    pause = SCHEDULE[min(attempts, len(SCHEDULE)) - 1]
-    return timedelta(seconds=pause * (1 + JITTER * random.random()))  # noqa: S311 - nobody gains by guessing it
+def _retry_delay(attempts: int, retry_after: str | None) -> timedelta:
+    requested = _parse_retry_after(retry_after) if retry_after else None
+    if requested is not None:
+        return timedelta(seconds=min(max(requested, RETRY_DELAYS[0]), DAY))
+    delay = RETRY_DELAYS[min(attempts, len(RETRY_DELAYS)) - 1]
+    return timedelta(seconds=delay * (1 + RETRY_JITTER * random.random()))  # noqa: S311 - not a secret
 
 
-def _asked_pause(retry_after: str) -> float | None:
-    """RFC 9110 §10.2.3: seconds, or a date."""
-    text = retry_after.strip()
+def _parse_retry_after(text: str) -> float | None:
+    """Return the seconds of a Retry-After header (RFC 9110 §10.2.3), or None if it is malformed."""
+    text = text.strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
     try:

@@ -1,4 +1,4 @@
-"""Webhooks: the operator's routes to make them, and to see what became of each delivery."""
+"""Webhooks: the operator's routes for webhooks and their deliveries."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from database import newest_page, reading, writing
 from models import EVENT_GROUPS, EVENT_TYPES, Delivery, EncryptedText, Event, Webhook, now
 from webhooks import ssrf
 
-MAX_RETRIES = 9  # as many as the schedule has
-
-# Without the secrets, which are decrypted as they are read.
-_SHOWN = [column for column in Webhook.__table__.columns if not isinstance(column.type, EncryptedText)]
-_DELIVERIES: sa.Select[*tuple[Any, ...]] = sa.select(Delivery, Event.id.label("event_id"), Event.type).join(
-    Event, Event.pk == Delivery.event_pk
-)
-
+MAX_RETRIES = 9  # the length of delivery.RETRY_DELAYS
+# A secret is decrypted whenever it is read, which may fail.
+WITHOUT_SECRETS = [
+    column for column in Webhook.__table__.columns if not isinstance(column.type, EncryptedText)
+]
+_DELIVERIES = sa.select(Delivery, Event.id.label("event_id"), Event.type).join(Event)
 _SWITCHED_OFF = "This webhook is switched off: PATCH it with is_active true first."
 
 bp = Blueprint(
@@ -46,7 +44,7 @@ def list_event_types() -> dict[str, Sequence[str]]:
 def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
     """Create a webhook.
 
-    The response is the only one that holds its secret.
+    No other response holds its secret.
     """
     _check_url(fields)
     secret = credentials.new_webhook_secret()
@@ -54,9 +52,9 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
     row = {"id": webhook_id, "secret": secret, "created_at": now(), "updated_at": now()}
     row |= {"max_retries": MAX_RETRIES, **fields}
     with writing() as connection:
-        # Before the webhook is there: a webhook is not notified of its own creation.
-        _record(connection, "webhook.created", webhook_id, fields["name"])
-        webhook = connection.execute(sa.insert(Webhook).values(row).returning(*_SHOWN)).one()
+        # Recorded before the insert: a webhook is not notified of its own creation.
+        record(connection, "webhook.created", webhook_id, fields["name"])
+        webhook = connection.execute(sa.insert(Webhook).values(row).returning(*WITHOUT_SECRETS)).one()
     return {"webhook": webhook, "secret": secret}, 201, {"Location": f"/api/webhooks/{webhook.id}"}
 
 
@@ -64,7 +62,7 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
 @bp.response(200, schemas.WebhookList)
 def list_webhooks() -> dict[str, Any]:
     """List all webhooks, newest first."""
-    return {"webhooks": list_all()}
+    return list_all()
 
 
 @bp.get("/webhooks/<webhook_id>")
@@ -89,10 +87,7 @@ def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
         changes["disabled_reason"] = None
     if {"is_active", "url"} & set(fields):
         changes["failing_since"] = None
-    with writing() as connection:
-        webhook = _set(connection, _find(connection, webhook_id), **changes)
-        _record(connection, "webhook.updated", webhook.id, webhook.name, changed=sorted(fields))
-    return {"webhook": webhook}
+    return {"webhook": _change(webhook_id, sorted(fields), **changes)}
 
 
 @bp.delete("/webhooks/<webhook_id>")
@@ -102,7 +97,7 @@ def delete_webhook(webhook_id: str) -> None:
     with writing() as connection:
         webhook = _find(connection, webhook_id)
         connection.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
-        _record(connection, "webhook.deleted", webhook.id, webhook.name)
+        record(connection, "webhook.deleted", webhook.id, webhook.name)
 
 
 @bp.post("/webhooks/<webhook_id>/rotate")
@@ -112,13 +107,10 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
     """Give a webhook a new secret. Both sign during the grace period."""
     secret = credentials.new_webhook_secret()
     grace_period = timedelta(seconds=fields["grace_period"])
-    with writing() as connection:
-        webhook = _find(connection, webhook_id)
-        old: dict[str, Any] = {"old_secret": None, "old_secret_expires_at": None}
-        if grace_period:
-            old = {"old_secret": Webhook.secret, "old_secret_expires_at": now() + grace_period}
-        _set(connection, webhook, secret=secret, updated_at=now(), **old)
-        _record(connection, "webhook.updated", webhook.id, webhook.name, changed=["secret"])
+    old: dict[str, Any] = {"old_secret": None, "old_secret_expires_at": None}
+    if grace_period:
+        old = {"old_secret": Webhook.secret, "old_secret_expires_at": now() + grace_period}
+    _change(webhook_id, ["secret"], secret=secret, updated_at=now(), **old)
     return {"secret": secret}
 
 
@@ -130,8 +122,7 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Send a webhook a test event, whatever it subscribes to."""
     with writing() as connection:
         webhook = _find_active(connection, webhook_id)
-        facts: dict[str, Any] = {"webhook_id": webhook.id, "webhook_name": webhook.name}
-        event_pk = events.record(connection, "webhook.test", only_webhook=webhook.pk, **facts)
+        event_pk = record(connection, "webhook.test", webhook.id, webhook.name, only_webhook=webhook.pk)
         delivery = connection.execute(_DELIVERIES.where(Delivery.event_pk == event_pk)).one()
     return {"delivery": delivery}
 
@@ -158,36 +149,36 @@ def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
 @bp.errors(409, conflict=_SWITCHED_OFF)
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """Send a delivery again, under the same id."""
-    return send_again(webhook_id, delivery_id)
+    return make_due(webhook_id, delivery_id)
 
 
-def list_all() -> Sequence[Any]:
-    """All webhooks, newest first."""
+def list_all() -> dict[str, Any]:
+    """Return all webhooks, newest first."""
     with reading() as connection:
-        return connection.execute(sa.select(*_SHOWN).order_by(Webhook.pk.desc())).all()
+        return {"webhooks": connection.execute(sa.select(*WITHOUT_SECRETS).order_by(Webhook.pk.desc())).all()}
 
 
 def page(webhook_id: str, query: dict[str, Any]) -> dict[str, Any]:
-    """A page of deliveries, as `schemas.DeliveryPage` shows it; `query` as `DeliveryQuery` loads it."""
+    """Return a page of a webhook's deliveries; `query` as `schemas.DeliveryQuery` loads it."""
     with reading() as connection:
         statement = _DELIVERIES.where(Delivery.webhook_pk == _find(connection, webhook_id).pk)
         if query["status"] is not None:
             statement = statement.where(Delivery.status == query["status"])
-        found, following = newest_page(connection, statement, Delivery.pk, query)
-    return {"deliveries": found, "next": following}
+        deliveries, after = newest_page(connection, statement, Delivery.pk, query)
+    return {"deliveries": deliveries, "next": after}
 
 
-def send_again(webhook_id: str, delivery_id: str) -> dict[str, Any]:
-    """Make the delivery due now, as if it had never been tried.
+def make_due(webhook_id: str, delivery_id: str) -> dict[str, Any]:
+    """Make a delivery due now, with no attempts made.
 
     :raises Problem: 404; 409 when the webhook is switched off.
     """
-    anew = {"status": "pending", "attempts": 0, "next_attempt_at": now()}
-    anew |= dict.fromkeys(("response_status", "response_body", "error"))
+    columns = {"status": "pending", "attempts": 0, "next_attempt_at": now()}
+    columns |= dict.fromkeys(("response_status", "response_body", "error"))
     with writing() as connection:
         _find_active(connection, webhook_id)
         pk = _find_delivery(connection, webhook_id, delivery_id).pk
-        connection.execute(sa.update(Delivery).where(Delivery.pk == pk).values(anew))
+        connection.execute(sa.update(Delivery).where(Delivery.pk == pk).values(columns))
         return {"delivery": _find_delivery(connection, webhook_id, delivery_id)}
 
 
@@ -204,8 +195,8 @@ def _check_url(fields: dict[str, Any]) -> None:
 
 
 def _find(connection: sa.Connection, webhook_id: str) -> Any:
-    # PostgreSQL has no NUL in texts.
-    statement = sa.select(*_SHOWN).where(Webhook.id == webhook_id)
+    # PostgreSQL's text type has no NUL.
+    statement = sa.select(*WITHOUT_SECRETS).where(Webhook.id == webhook_id)
     webhook = connection.execute(statement).first() if is_text(webhook_id) else None
     if webhook is None:
         raise Problem(404, "not_found", "No webhook has this id.")
@@ -221,17 +212,22 @@ def _find_active(connection: sa.Connection, webhook_id: str) -> Any:
 
 def _find_delivery(connection: sa.Connection, webhook_id: str, delivery_id: str) -> Any:
     pk = int(delivery_id) if delivery_id.isascii() and delivery_id.isdigit() and len(delivery_id) < 19 else 0
-    mine = Delivery.webhook_pk == _find(connection, webhook_id).pk
-    delivery = connection.execute(_DELIVERIES.where(mine, Delivery.pk == pk)).first()
+    of_webhook = _DELIVERIES.where(Delivery.webhook_pk == _find(connection, webhook_id).pk)
+    delivery = connection.execute(of_webhook.where(Delivery.pk == pk)).first()
     if delivery is None:
         raise Problem(404, "not_found", "This webhook has no delivery with this id.")
     return delivery
 
 
-def _set(connection: sa.Connection, webhook: Any, **columns: Any) -> Any:
-    changed = sa.update(Webhook).where(Webhook.pk == webhook.pk).values(columns).returning(*_SHOWN)
-    return connection.execute(changed).one()
+def _change(webhook_id: str, changed: list[str], **columns: Any) -> Any:
+    with writing() as connection:
+        pk = _find(connection, webhook_id).pk
+        statement = sa.update(Webhook).where(Webhook.pk == pk).values(columns).returning(*WITHOUT_SECRETS)
+        webhook = connection.execute(statement).one()
+        record(connection, "webhook.updated", webhook.id, webhook.name, changed=changed)
+    return webhook
 
 
-def _record(connection: sa.Connection, event: str, webhook_id: str, name: str, **facts: Any) -> None:
-    events.record(connection, event, **{"webhook_id": webhook_id, "webhook_name": name, **facts})
+def record(connection: sa.Connection, event: str, webhook_id: str, name: str, **data: Any) -> int:
+    """Record an event about a webhook; return its number."""
+    return events.record(connection, event, webhook_id=webhook_id, webhook_name=name, **data)

@@ -1,4 +1,4 @@
-"""The wall around webhooks: which addresses may be told, and a POST that goes to the checked one only."""
+"""SSRF guard: which addresses webhooks may be sent to, and a POST that connects to the checked one only."""
 
 from __future__ import annotations
 
@@ -12,37 +12,25 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-TIMEOUT = 10.0  # seconds for all of it: the connection, the request, the answer
-ANSWER_LIMIT = 1024  # bytes kept of an answer
-HEARD_LIMIT = 65_536  # bytes read of it, headers included
+TIMEOUT = 10.0  # seconds for the connection, the request and the response together
+BODY_LIMIT = 1024  # bytes of a response's body that are stored
+READ_LIMIT = 65_536  # bytes of a response that are read, headers included
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-# Beyond what Python calls not global: ranges that lead back inside, by translation or by tunnel.
+# Beyond what Python calls not global: ranges that lead to private addresses by translation or tunnel,
+# and ranges that only later Pythons know.
 _REFUSED = [
     ipaddress.ip_network(network)
-    for network in (
-        "0.0.0.0/8",
-        "100.64.0.0/10",
-        "192.0.0.0/24",
-        "192.88.99.0/24",
-        "198.18.0.0/15",
-        "240.0.0.0/4",
-        "2001::/23",
-        "2002::/16",
-        "3fff::/20",
-    )
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20")
 ]
-# All that is given out of IPv6 so far: whatever lies beyond is refused without a list.
-_IPV6 = ipaddress.ip_network("2000::/3")
+_IPV6_GLOBAL = ipaddress.ip_network("2000::/3")  # all that IANA has allocated of IPv6's unicast space
 
 
 class Refused(Exception):
-    """A target that webhooks do not go to; its text says why."""
+    """A target that webhooks may not be sent to; the text says why."""
 
 
 class Target(NamedTuple):
-    """A URL taken apart."""
+    """The parts of a webhook's URL."""
 
     scheme: str
     host: str
@@ -51,8 +39,8 @@ class Target(NamedTuple):
     host_header: str
 
 
-class Answer(NamedTuple):
-    """What a receiver said: its status, the first kilobyte, and how long it asks to wait (seconds)."""
+class Response(NamedTuple):
+    """A receiver's response: its status, the first BODY_LIMIT bytes of its body, its Retry-After header."""
 
     status: int
     body: str
@@ -60,7 +48,7 @@ class Answer(NamedTuple):
 
 
 def parse(url: str, *, allow_private: bool) -> Target:
-    """Take a webhook's URL apart.
+    """Split a webhook's URL into its parts.
 
     :raises Refused: unless it is an absolute https URL (http too when private targets are allowed)
         without credentials or a fragment.
@@ -79,46 +67,46 @@ def parse(url: str, *, allow_private: bool) -> Target:
     if "@" in parts.netloc:
         raise Refused("The URL must not hold credentials.")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Target(
-        parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), path, parts.netloc
-    )
+    port = port or (443 if parts.scheme == "https" else 80)
+    return Target(parts.scheme, parts.hostname, port, path, parts.netloc)
 
 
 def resolve(target: Target, *, allow_private: bool) -> str:
-    """The address to connect to, whatever the spelling of the host.
+    """Return the address to connect to, however the host is spelt.
 
     :raises Refused: when the name has no address, or any of its addresses is not a public one.
     """
     try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise Refused("The host has no address.") from None
-    addresses = [str(entry[4][0]) for entry in found]
-    # One private address among several is enough to refuse: which one is dialled is chance.
+    addresses = [str(entry[4][0]) for entry in entries]
+    # Refuse for one private address among several: the order of the addresses is the resolver's.
     if not allow_private and not all(is_public(address) for address in addresses):
         raise Refused("The host has a private address.")
     return addresses[0]
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the public internet's."""
+    """Whether an address belongs to the public internet."""
     try:
-        address: Address = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        address = mapped
-    if not address.is_global or address.is_multicast or (address.version == 6 and address not in _IPV6):
+    if address.version == 6:
+        address = address.ipv4_mapped or address
+    if not address.is_global or address.is_multicast:
         return False
-    return not any(address in network for network in _REFUSED if network.version == address.version)
+    if address.version == 6 and address not in _IPV6_GLOBAL:
+        return False
+    return not any(address in network for network in _REFUSED)
 
 
-def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> Answer:
-    """POST to the address that was checked; redirects are not followed, and no proxy is asked.
+def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> Response:
+    """POST to the checked address, without redirects or a proxy.
 
-    :raises OSError: when there is no answer within TIMEOUT.
-    :raises http.client.HTTPException: when the answer is not HTTP.
+    :raises OSError: when there is no response within TIMEOUT.
+    :raises http.client.HTTPException: when the response is not HTTP.
     """
     deadline = time.monotonic() + TIMEOUT
     sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
@@ -127,14 +115,13 @@ def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> 
             # The certificate is checked for the name, not for the address.
             context = ssl.create_default_context()
             name = target.host.rstrip(".")
-            sock = context.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
-            sock.settimeout(_left(deadline))
-            sock.do_handshake()
-        sock.settimeout(_left(deadline))
+            sock.settimeout(_remaining(deadline))
+            sock = context.wrap_socket(sock, server_hostname=name)
+        sock.settimeout(_remaining(deadline))
         sock.sendall(_request(target, body, headers))
-        response = http.client.HTTPResponse(_Heard(sock, deadline), method="POST")  # type: ignore[arg-type]
+        response = http.client.HTTPResponse(_Reader(sock, deadline), method="POST")  # type: ignore[arg-type]
         response.begin()
-        return Answer(response.status, _beginning(response), response.headers.get("Retry-After"))
+        return Response(response.status, _beginning(response), response.headers.get("Retry-After"))
     finally:
         sock.close()
 
@@ -146,42 +133,33 @@ def _request(target: Target, body: bytes, headers: dict[str, str]) -> bytes:
 
 
 def _beginning(response: http.client.HTTPResponse) -> str:
-    # The status is what counts: a body that is broken or never ends takes nothing from it.
+    # The status decides: it counts even when the body is malformed or never ends.
     with suppress(OSError, http.client.HTTPException, ValueError):
-        return response.read(ANSWER_LIMIT).decode(errors="replace")
+        return response.read(BODY_LIMIT).decode(errors="replace")
     return ""
 
 
-class _Heard(io.RawIOBase):
-    """What a receiver says, to a limit of bytes and of time: http.client itself knows neither."""
+class _Reader(socket.SocketIO):
+    """Read up to READ_LIMIT bytes until a deadline: http.client limits neither bytes nor total time."""
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
-        super().__init__()
-        self._sock = sock
-        self._deadline = deadline
-        self._room = HEARD_LIMIT
+        super().__init__(sock, "r")
+        self._socket, self._deadline, self._limit = sock, deadline, READ_LIMIT
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What http.client asks of a socket."""
+        """Return a file, as http.client calls it on a socket."""
         return io.BufferedReader(self)
 
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """The next bytes, or none when there are no more, or have been enough."""
-        view = memoryview(buffer)[: self._room]
-        if not view:
-            return 0
-        self._sock.settimeout(_left(self._deadline))
-        count = self._sock.recv_into(view)
-        self._room -= count
+    def readinto(self, buffer: Any) -> int | None:
+        """Read the next bytes, or none at the limit or the end of the response."""
+        self._socket.settimeout(_remaining(self._deadline))
+        count = super().readinto(memoryview(buffer)[: self._limit]) if self._limit else 0
+        self._limit -= count or 0
         return count
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError(f"no answer within {TIMEOUT:.0f} seconds")
-    return left
+def _remaining(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError(f"no response within {TIMEOUT:.0f} seconds")
+    return seconds
