@@ -53,7 +53,7 @@ def list_agents(query: dict[str, Any]) -> dict[str, Any]:
 
 
 @management.get(_ONE)
-@management.response(200, schemas.AgentAnswer)
+@management.response(200, schemas.AgentResponse)
 def show_agent(agent_id: str) -> dict[str, Any]:
     """Get an agent."""
     with reading() as connection:
@@ -62,7 +62,7 @@ def show_agent(agent_id: str) -> dict[str, Any]:
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
-@management.response(200, schemas.AgentAnswer)
+@management.response(200, schemas.AgentResponse)
 @management.errors(409, conflict="This agent proves itself by its keys: give it others, not none.")
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Change an agent.
@@ -84,7 +84,7 @@ def delete_agent(agent_id: str) -> None:
 @management.post(_ONE)
 @management.arguments(schemas.Action)
 @management.response(200)
-@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentAnswer]})
+@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentResponse]})
 @management.errors(409, conflict=_EXPIRED)
 def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Rotate, deactivate or reactivate an agent, by the name of the action."""
@@ -93,7 +93,7 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
         rotated: dict[str, Any] = schemas.Rotated().dump(rotate_by_operator(agent_id, fields))
         return rotated
     act = deactivate if action == "deactivate" else reactivate
-    changed: dict[str, Any] = schemas.AgentAnswer().dump(change(agent_id, act))
+    changed: dict[str, Any] = schemas.AgentResponse().dump(change(agent_id, act))
     return changed
 
 
@@ -107,16 +107,16 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 
 
 @management.post(_ONE + "/deactivate")
-@management.arguments(schemas.Nothing)
-@management.response(200, schemas.AgentAnswer)
+@management.arguments(schemas.Empty)
+@management.response(200, schemas.AgentResponse)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Deactivate an agent and end all its tokens."""
     return change(agent_id, deactivate)
 
 
 @management.post(_ONE + "/reactivate")
-@management.arguments(schemas.Nothing)
-@management.response(200, schemas.AgentAnswer)
+@management.arguments(schemas.Empty)
+@management.response(200, schemas.AgentResponse)
 @management.errors(409, conflict=_EXPIRED)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Reactivate an agent. Its old tokens stay dead."""
@@ -149,7 +149,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 
 
 @self_service.get("")
-@self_service.response(200, schemas.AgentAnswer)
+@self_service.response(200, schemas.AgentResponse)
 def show_me() -> dict[str, Any]:
     """Get the calling agent."""
     return {"agent": g.agent}
@@ -176,7 +176,7 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 
 
 @self_service.post("/deactivate")
-@self_service.arguments(schemas.Nothing)
+@self_service.arguments(schemas.Empty)
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
     """Deactivate the calling agent. Only an operator can reactivate it."""

@@ -216,7 +216,7 @@ class Text(fields.String):
         return text
 
 
-class Whole(fields.Integer):
+class StrictInteger(fields.Integer):
     """A JSON integer: 1, but neither 1.0, "1" nor true."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
@@ -225,7 +225,7 @@ class Whole(fields.Integer):
         return super()._deserialize(value, attr, data, **kwargs)
 
 
-class Flag(fields.Boolean):
+class StrictBoolean(fields.Boolean):
     """A JSON boolean: true, but neither 1 nor "yes"."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:

@@ -61,7 +61,7 @@ _PREFLIGHT = {
 }
 _EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
-service = Blueprint("service", __name__, description="Service")
+bp = Blueprint("service", __name__, description="Service")
 
 # RFC 6749 names the OAuth codes; these are for what HTTP itself refuses.
 _HTTP_ERRORS = {
@@ -143,8 +143,8 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
 
 
 # RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
-@service.get("/", strict_slashes=False)
-@service.response(200, schemas.About)
+@bp.get("/", strict_slashes=False)
+@bp.response(200, schemas.About)
 def about() -> dict[str, Any]:
     """Get the name, the version and the paths."""
     return {
@@ -167,16 +167,16 @@ def about() -> dict[str, Any]:
     }
 
 
-@service.get("/health")
-@service.response(200, schemas.Status)
+@bp.get("/health")
+@bp.response(200, schemas.Status)
 def health() -> dict[str, str]:
     """Answer 200 while the process lives."""
     return {"status": "ok"}
 
 
-@service.get("/health/ready")
-@service.response(200, schemas.Status)
-@service.errors(503)
+@bp.get("/health/ready")
+@bp.response(200, schemas.Status)
+@bp.errors(503)
 def ready() -> dict[str, str]:
     """Answer 200 when the database gives a write lock and there is a signing key."""
     with database.writing(durable=False) as connection:
@@ -188,8 +188,8 @@ def ready() -> dict[str, str]:
     return {"status": "ready"}
 
 
-@service.get("/openapi.json", endpoint="openapi")
-@service.cached({"type": "object"})
+@bp.get("/openapi.json", endpoint="openapi")
+@bp.cached({"type": "object"})
 def openapi_document() -> Response:
     """Get this document."""
     return cached_response(openapi.document(config.settings()), openapi.MAX_AGE)
@@ -245,9 +245,9 @@ def _is_allowed_origin() -> bool:
 
 def _register_routes(app: Flask) -> None:
     # In the order of the OpenAPI document.
-    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.bp):
+    for blueprint in (oauth.bp, agents.management, agents.self_service, webhooks.bp):
         app.register_blueprint(blueprint)
-    for blueprint in (keys.bp, events.bp, oauth.well_known, service, metrics.bp):
+    for blueprint in (keys.bp, events.bp, oauth.well_known_bp, bp, metrics.bp):
         app.register_blueprint(blueprint)
     app.register_blueprint(docs.bp)
 

@@ -54,7 +54,7 @@ _PARAMETERS = (
 )
 _NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_token", "token")
 
-blueprint = Blueprint("oauth", __name__, description="Tokens", security=BY_CLIENT)
+bp = Blueprint("oauth", __name__, description="Tokens", security=BY_CLIENT)
 
 _BAD_GRANT = {
     "invalid_grant": "The refresh token is unknown, expired, revoked or already used.",
@@ -66,47 +66,47 @@ _BAD_CLIENT = {"invalid_client": "Client authentication failed: check client_id 
 _BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, was revoked or is malformed."}
 
 
-@blueprint.post("/oauth/token")
-@blueprint.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
-@blueprint.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
-@blueprint.errors(401, **_BAD_CLIENT)
+@bp.post("/oauth/token")
+@bp.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
+@bp.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
+@bp.errors(401, **_BAD_CLIENT)
 def token() -> Response:
     """Trade client credentials or a refresh token for an access token."""
     return _answer(TokenRequest())
 
 
-@blueprint.post("/oauth/refresh")
-@blueprint.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
-@blueprint.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
-@blueprint.errors(401, **_BAD_CLIENT)
+@bp.post("/oauth/refresh")
+@bp.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
+@bp.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
+@bp.errors(401, **_BAD_CLIENT)
 def refresh() -> Response:
     """Trade a refresh token for new tokens, without naming the grant type."""
     return _answer(TokenRequest(only_grant_type="refresh_token"))
 
 
-@blueprint.post("/oauth/introspect")
-@blueprint.doc(security=BY_ANY)
-@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Introspected)
-@blueprint.errors(400, invalid_request="Send token.")
-@blueprint.errors(401, **_BAD_CALLER)
+@bp.post("/oauth/introspect")
+@bp.doc(security=BY_ANY)
+@bp.form(oauth_schemas.TokenParameter, oauth_schemas.Introspected)
+@bp.errors(400, invalid_request="Send token.")
+@bp.errors(401, **_BAD_CALLER)
 def introspect() -> Response:
     """Introspect a token (RFC 7662)."""
     return _answer_at("introspection")
 
 
-@blueprint.post("/oauth/revoke")
-@blueprint.doc(security=BY_ANY)
-@blueprint.form(oauth_schemas.TokenQuestion, oauth_schemas.Revoked)
-@blueprint.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
-@blueprint.errors(401, **_BAD_CALLER)
+@bp.post("/oauth/revoke")
+@bp.doc(security=BY_ANY)
+@bp.form(oauth_schemas.TokenParameter, oauth_schemas.Revoked)
+@bp.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
+@bp.errors(401, **_BAD_CALLER)
 def revoke() -> Response:
     """Revoke a token (RFC 7009)."""
     return _answer_at("revocation")
 
 
-@blueprint.get("/oauth/authorize")
-@blueprint.doc(security=[])
-@blueprint.errors(400, unsupported_response_type="Lanyard has no authorization endpoint.")
+@bp.get("/oauth/authorize")
+@bp.doc(security=[])
+@bp.errors(400, unsupported_response_type="Lanyard has no authorization endpoint.")
 def authorize() -> Response:
     """Refuse every authorization request: agents act for themselves, and nobody is asked."""
     raise UnsupportedResponseType()
@@ -473,7 +473,7 @@ def _refresh_token(text: str) -> KnownToken | None:
     )
 
 
-well_known = Blueprint("well_known", __name__, description="Discovery")
+well_known_bp = Blueprint("well_known", __name__, description="Discovery")
 
 
 class Metadata(AuthorizationServerMetadata):
@@ -483,9 +483,9 @@ class Metadata(AuthorizationServerMetadata):
         """Accept an empty list: no response type is offered, but clients require the member."""
 
 
-@well_known.get("/.well-known/oauth-authorization-server")
-@well_known.get("/.well-known/openid-configuration", endpoint="openid_configuration")
-@well_known.cached(oauth_schemas.ServerMetadata)
+@well_known_bp.get("/.well-known/oauth-authorization-server")
+@well_known_bp.get("/.well-known/openid-configuration", endpoint="openid_configuration")
+@well_known_bp.cached(oauth_schemas.ServerMetadata)
 def authorization_server() -> Response:
     """Get the authorization server's metadata (RFC 8414).
 
@@ -494,16 +494,16 @@ def authorization_server() -> Response:
     return cached_response(_metadata_body(settings()), METADATA_MAX_AGE)
 
 
-@well_known.get("/.well-known/oauth-protected-resource")
-@well_known.cached(oauth_schemas.ResourceMetadata)
+@well_known_bp.get("/.well-known/oauth-protected-resource")
+@well_known_bp.cached(oauth_schemas.ResourceMetadata)
 def protected_resource() -> Response:
     """Get the metadata of Lanyard's own API (RFC 9728): which server issues its tokens."""
     return cached_response(_resource_metadata_body(settings()), METADATA_MAX_AGE)
 
 
-@well_known.get("/.well-known/jwks.json")
-@well_known.cached(oauth_schemas.KeySet)
-@well_known.errors(503)
+@well_known_bp.get("/.well-known/jwks.json")
+@well_known_bp.cached(oauth_schemas.KeySet)
+@well_known_bp.errors(503)
 def jwks() -> Response:
     """Get the public keys that verify access tokens (RFC 7517 §5)."""
     return cached_response(keys.published(), keys.JWKS_MAX_AGE)

@@ -10,7 +10,7 @@ from marshmallow import EXCLUDE, Schema, fields
 from marshmallow.validate import Equal, Length, OneOf
 
 from api import doc
-from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Answer
+from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Response
 
 _ISSUER = "https://id.example.com"
 _ACCESS_TOKEN = "eyJhbGciOiJSUzI1NiIsInR5cCI6ImF0K2p3dCJ9.EXAMPLE.EXAMPLE"
@@ -74,7 +74,7 @@ class RefreshRequest(_Grant):
     refresh_token = fields.String(required=True, validate=Length(min=1), **doc("The token.", _REFRESH_TOKEN))
 
 
-class TokenQuestion(Parameters):
+class TokenParameter(Parameters):
     """A token to introspect or to revoke."""
 
     examples = {
@@ -86,7 +86,7 @@ class TokenQuestion(Parameters):
     token_type_hint = _parameter("Accepted and not needed.")
 
 
-class Token(Answer):
+class Token(Response):
     """The new tokens (RFC 6749 §5.1)."""
 
     access_token = fields.String(**doc("A JWT (RFC 9068) to send as `Authorization: Bearer`.", _ACCESS_TOKEN))
@@ -96,7 +96,7 @@ class Token(Answer):
     refresh_token = fields.String(**doc("Valid once; its use returns the next one.", _REFRESH_TOKEN))
 
 
-class Introspected(Answer):
+class Introspected(Response):
     """The state of a token (RFC 7662 §2.2). An invalid token has `active`: false and nothing else."""
 
     active = fields.Boolean(**doc("Whether the token is valid now.", True))
@@ -112,11 +112,11 @@ class Introspected(Answer):
     agent_id = fields.String(**doc("The agent's id.", AGENT_ID, optional=True))
 
 
-class Revoked(Answer):
+class Revoked(Response):
     """Nothing: the token is revoked or unknown."""
 
 
-class PublicKey(Answer):
+class PublicKey(Response):
     """A public key as a JWK (RFC 7517). Its members depend on `kty`."""
 
     kty = fields.String(**doc("The key type.", JWK["kty"]))
@@ -130,7 +130,7 @@ class PublicKey(Answer):
     y = fields.String(**doc("The y coordinate.", JWK["y"], optional=True))
 
 
-class KeySet(Answer):
+class KeySet(Response):
     """The public keys of access tokens, past and next ones included."""
 
     keys = fields.List(fields.Nested(PublicKey))
@@ -140,7 +140,7 @@ def _strings() -> fields.List[str]:
     return fields.List(fields.String())
 
 
-class ServerMetadata(Answer):
+class ServerMetadata(Response):
     """What the authorization server offers (RFC 8414 §2)."""
 
     issuer = fields.String()
@@ -159,7 +159,7 @@ class ServerMetadata(Answer):
     revocation_endpoint_auth_signing_alg_values_supported = _strings()
 
 
-class ResourceMetadata(Answer):
+class ResourceMetadata(Response):
     """The authorization server of Lanyard's own API (RFC 9728 §2)."""
 
     resource = fields.String()

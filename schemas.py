@@ -12,7 +12,7 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from api import Flag, PublicKeys, Text, Timestamp, Whole, audience, doc, no_repeats, scope
+from api import PublicKeys, StrictBoolean, StrictInteger, Text, Timestamp, audience, doc, no_repeats, scope
 from config import DAY, VERSION
 from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
 
@@ -79,9 +79,9 @@ class AgentFields(Schema):
         validate=Length(max=32),
         **_METADATA,
     )
-    token_ttl = Whole(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
-    rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
-    expires_in = Whole(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
+    token_ttl = StrictInteger(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
+    rate_limit = StrictInteger(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
+    expires_in = StrictInteger(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
     jwks = PublicKeys(allow_none=True, **_JWKS)
 
 
@@ -160,7 +160,7 @@ class EventQuery(PageQuery):
     )
 
 
-class Nothing(Schema):
+class Empty(Schema):
     """An empty or absent body."""
 
     examples: Mapping[str, Any] = {"Empty": {}}
@@ -175,8 +175,8 @@ class Rotate(Schema):
         "After a leak": {"revoke_tokens": True},
     }
 
-    grace_period = Whole(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
-    revoke_tokens = Flag(load_default=False, **_REVOKE_TOKENS)
+    grace_period = StrictInteger(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = StrictBoolean(load_default=False, **_REVOKE_TOKENS)
 
 
 class Action(Schema):
@@ -192,8 +192,8 @@ class Action(Schema):
     }
 
     action = fields.String(required=True, validate=OneOf(["rotate", "deactivate", "reactivate"]))
-    grace_period = Whole(validate=Range(0, DAY), **_GRACE_PERIOD)
-    revoke_tokens = Flag(**_REVOKE_TOKENS)
+    grace_period = StrictInteger(validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = StrictBoolean(**_REVOKE_TOKENS)
 
     @validates_schema
     def _only_rotate_has_options(self, data: Mapping[str, Any], **kwargs: Any) -> None:
@@ -202,7 +202,7 @@ class Action(Schema):
                 raise ValidationError("Only rotate takes this.", name)
 
 
-class Answer(Schema):
+class Response(Schema):
     """A response. Every field is always present, unless its metadata says `optional`."""
 
     class Meta:
@@ -215,7 +215,7 @@ class Answer(Schema):
         field_obj.required = not field_obj.metadata.get("optional")
 
 
-class Agent(Answer):
+class Agent(Response):
     """An agent, without its secrets."""
 
     id = fields.String(**_ID)
@@ -243,40 +243,40 @@ class Agent(Answer):
     last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
 
 
-class AgentAnswer(Answer):
+class AgentResponse(Response):
     """One agent."""
 
     agent = fields.Nested(Agent)
 
 
-class AgentCreated(AgentAnswer):
+class AgentCreated(AgentResponse):
     """The new agent and its client secret, shown once. An agent with keys has none."""
 
     client_id = fields.String(**_CLIENT_ID)
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET, optional=True))
 
 
-class AgentPage(Answer):
+class AgentPage(Response):
     """A page of agents, newest first."""
 
     agents = fields.List(fields.Nested(Agent))
     next = fields.String(allow_none=True, **_NEXT)
 
 
-class AgentDeactivated(AgentAnswer):
+class AgentDeactivated(AgentResponse):
     """The deactivated agent."""
 
     message = fields.String(**doc("A sentence for people.", "This agent is deactivated."))
     agent = fields.Nested(Agent)
 
 
-class Rotated(Answer):
+class Rotated(Response):
     """The new client secret, shown once."""
 
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET))
 
 
-class Secret(Answer):
+class Secret(Response):
     """A client secret, without its text."""
 
     id = fields.String(**_ID)
@@ -286,20 +286,20 @@ class Secret(Answer):
     last_used_at = Timestamp(allow_none=True, **doc("When it last got a token.", _TIME))
 
 
-class Secrets(Answer):
+class Secrets(Response):
     """The live secrets of an agent, newest first."""
 
     secrets = fields.List(fields.Nested(Secret))
 
 
-class RotationRecord(Answer):
+class RotationRecord(Response):
     """A rotation of the client secret."""
 
     rotated_at = Timestamp(**doc("When it was rotated.", _TIME))
     rotated_by = fields.String(validate=OneOf(["self", "admin"]), **doc("The agent or an operator.", "self"))
 
 
-class DailyUsage(Answer):
+class DailyUsage(Response):
     """An agent's tokens of one day (UTC)."""
 
     date = fields.Date(attribute="day", **doc("The day.", "2026-06-01"))
@@ -307,7 +307,7 @@ class DailyUsage(Answer):
     tokens_refreshed = fields.Integer(**doc("Tokens issued for a refresh token.", 2))
 
 
-class Event(Answer):
+class Event(Response):
     """An entry of the audit log."""
 
     id = fields.String(**doc("The event's id.", _EVENT_ID))
@@ -319,7 +319,7 @@ class Event(Answer):
     data = fields.Dict(**doc("Details of the event type. Never a secret.", _EVENT_DATA))
 
 
-class EventPage(Answer):
+class EventPage(Response):
     """A page of events, newest first."""
 
     events = fields.List(fields.Nested(Event))
@@ -349,7 +349,7 @@ class WebhookFields(Schema):
     name = Text(max=128, **_HOOK_NAME)
     url = _url()
     events = _subscriptions()
-    max_retries = Whole(validate=Range(0, 9), **_MAX_RETRIES)
+    max_retries = StrictInteger(validate=Range(0, 9), **_MAX_RETRIES)
 
 
 class WebhookCreate(WebhookFields):
@@ -367,7 +367,7 @@ class WebhookUpdate(WebhookFields):
 
     examples = {"Switch on": {"is_active": True}}
 
-    is_active = Flag(**doc("True switches on a webhook that was switched off.", True))
+    is_active = StrictBoolean(**doc("True switches on a webhook that was switched off.", True))
 
 
 class WebhookRotate(Schema):
@@ -375,12 +375,12 @@ class WebhookRotate(Schema):
 
     examples = {"At once": {"grace_period": 0}}
 
-    grace_period = Whole(
+    grace_period = StrictInteger(
         load_default=DAY, validate=Range(0, 7 * DAY), **doc("Seconds that both secrets sign.")
     )
 
 
-class Webhook(Answer):
+class Webhook(Response):
     """A webhook, without its secret."""
 
     id = fields.String(**_ID)
@@ -394,23 +394,23 @@ class Webhook(Answer):
     updated_at = Timestamp(**_UPDATED_AT)
 
 
-class WebhookAnswer(Answer):
+class WebhookResponse(Response):
     """One webhook."""
 
     webhook = fields.Nested(Webhook)
 
 
-class WebhookSecret(Answer):
+class WebhookSecret(Response):
     """The signing secret, shown once."""
 
     secret = fields.String(**doc("The secret (Standard Webhooks).", _WEBHOOK_SECRET))
 
 
-class WebhookCreated(WebhookAnswer, WebhookSecret):
+class WebhookCreated(WebhookResponse, WebhookSecret):
     """The new webhook and its signing secret, shown once."""
 
 
-class WebhookList(Answer):
+class WebhookList(Response):
     """All webhooks, newest first."""
 
     webhooks = fields.List(fields.Nested(Webhook))
@@ -422,7 +422,7 @@ class DeliveryQuery(PageQuery):
     status = fields.String(load_default=None, validate=_STATES, **doc("Only deliveries in this state."))
 
 
-class Delivery(Answer):
+class Delivery(Response):
     """The delivery of an event to a webhook, with the result of the last attempt."""
 
     id = fields.String(attribute="pk", **doc("The delivery's id.", "17"))
@@ -438,20 +438,20 @@ class Delivery(Answer):
     error = fields.String(allow_none=True, **doc("Why the last attempt got no response.", None))
 
 
-class DeliveryAnswer(Answer):
+class DeliveryResponse(Response):
     """One delivery."""
 
     delivery = fields.Nested(Delivery)
 
 
-class DeliveryPage(Answer):
+class DeliveryPage(Response):
     """A page of deliveries, newest first."""
 
     deliveries = fields.List(fields.Nested(Delivery))
     next = fields.String(allow_none=True, **_NEXT)
 
 
-class EventTypes(Answer):
+class EventTypes(Response):
     """What a webhook may subscribe to."""
 
     events = fields.List(fields.String(), **doc("The event types.", ["agent.created", "token.issued"]))
@@ -463,10 +463,10 @@ class KeyRotation(Schema):
 
     examples: Mapping[str, Any] = {"Without downtime": {}, "After a leak": {"now": True}}
 
-    now = Flag(load_default=False, **doc("After a leak: sign at once and end every access token.", False))
+    now = StrictBoolean(load_default=False, **doc("After a leak: sign now, end every access token.", False))
 
 
-class SigningKey(Answer):
+class SigningKey(Response):
     """A signing key, without its private part."""
 
     kid = fields.String(**doc("The key's id: its thumbprint (RFC 7638).", KID))
@@ -477,19 +477,19 @@ class SigningKey(Answer):
     gone_at = Timestamp(allow_none=True, **doc("When its publication ends. Null: it is the newest.", None))
 
 
-class KeyAnswer(Answer):
+class KeyResponse(Response):
     """One signing key."""
 
     key = fields.Nested(SigningKey)
 
 
-class KeyList(Answer):
+class KeyList(Response):
     """The signing keys, newest first."""
 
     keys = fields.List(fields.Nested(SigningKey))
 
 
-class Usage(Answer):
+class Usage(Response):
     """An agent's tokens and rotations."""
 
     token_count = fields.Integer(**_TOKEN_COUNT)
@@ -500,7 +500,7 @@ class Usage(Answer):
     daily = fields.List(fields.Nested(DailyUsage), **doc("The last thirty days (UTC), today last."))
 
 
-class About(Answer):
+class About(Response):
     """Name, version and paths."""
 
     name = fields.String(**doc("The name.", "Lanyard"))
@@ -508,7 +508,7 @@ class About(Answer):
     links = fields.Dict(values=fields.String(), **doc("Paths by name.", {"token": "/oauth/token"}))
 
 
-class Status(Answer):
+class Status(Response):
     """The state of the service."""
 
     status = fields.String(validate=OneOf(["ok", "ready"]))
