@@ -1,7 +1,4 @@
-"""The bodies of the OAuth endpoints and of the discovery documents as Marshmallow schemas.
-
-Authlib reads and writes the OAuth bodies: these schemas document them, and tests/test_openapi.py compares.
-"""
+"""The bodies of the OAuth endpoints and the discovery documents as Marshmallow schemas, for documentation only."""
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ class Parameters(Schema):
     """The parameters of every OAuth endpoint. Unknown ones are ignored (RFC 6749 §3.2)."""
 
     class Meta:
-        """As RFC 6749 says."""
-
         unknown = EXCLUDE
 
     client_id = _parameter("The agent's client id, unless it is in the header.")
@@ -108,12 +103,14 @@ class Introspected(Response):
     exp = fields.Integer(**doc("When it expires, in seconds since 1970.", 1780318800, optional=True))
     iat = fields.Integer(**doc("When it was issued, in seconds since 1970.", 1780315200, optional=True))
     jti = fields.String(**doc("The token's id.", "EXAMPLEexample00.EXAMPLEexampleEXAMPLE0", optional=True))
-    token_type = fields.String(validate=OneOf(["Bearer", "refresh_token"]), **doc("The kind.", optional=True))
+    token_type = fields.String(
+        validate=OneOf(["Bearer", "refresh_token"]), **doc("The type of token.", optional=True)
+    )
     agent_id = fields.String(**doc("The agent's id.", AGENT_ID, optional=True))
 
 
 class Revoked(Response):
-    """Nothing: the token is revoked or unknown."""
+    """Empty: the token is revoked or unknown."""
 
 
 class PublicKey(Response):
@@ -136,8 +133,7 @@ class KeySet(Response):
     keys = fields.List(fields.Nested(PublicKey))
 
 
-def _strings() -> fields.List[str]:
-    return fields.List(fields.String())
+_STRINGS = fields.List(fields.String())
 
 
 class ServerMetadata(Response):
@@ -149,14 +145,14 @@ class ServerMetadata(Response):
     jwks_uri = fields.String()
     introspection_endpoint = fields.String()
     revocation_endpoint = fields.String()
-    response_types_supported = _strings()
-    grant_types_supported = _strings()
-    token_endpoint_auth_methods_supported = _strings()
-    token_endpoint_auth_signing_alg_values_supported = _strings()
-    introspection_endpoint_auth_methods_supported = _strings()
-    introspection_endpoint_auth_signing_alg_values_supported = _strings()
-    revocation_endpoint_auth_methods_supported = _strings()
-    revocation_endpoint_auth_signing_alg_values_supported = _strings()
+    response_types_supported = _STRINGS
+    grant_types_supported = _STRINGS
+    token_endpoint_auth_methods_supported = _STRINGS
+    token_endpoint_auth_signing_alg_values_supported = _STRINGS
+    introspection_endpoint_auth_methods_supported = _STRINGS
+    introspection_endpoint_auth_signing_alg_values_supported = _STRINGS
+    revocation_endpoint_auth_methods_supported = _STRINGS
+    revocation_endpoint_auth_signing_alg_values_supported = _STRINGS
 
 
 class ResourceMetadata(Response):
@@ -164,7 +160,7 @@ class ResourceMetadata(Response):
 
     resource = fields.String()
     resource_name = fields.String()
-    authorization_servers = _strings()
+    authorization_servers = _STRINGS
     jwks_uri = fields.String()
-    scopes_supported = _strings()
-    bearer_methods_supported = _strings()
+    scopes_supported = _STRINGS
+    bearer_methods_supported = _STRINGS

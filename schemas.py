@@ -1,7 +1,6 @@
-"""Every body, query and response but OAuth's as a Marshmallow schema, with descriptions and examples.
+"""The bodies, queries and responses of the API as Marshmallow schemas, with descriptions and examples.
 
-A body's `examples` are whole bodies by name. Its `rules` are JSON Schema for checks over several fields.
-The secrets are not real.
+`examples` are whole bodies by name, `rules` the JSON Schema of checks over several fields.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ AGENT_ID = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
 _EVENT_ID = "evt_EXAMPLEexampleEXAMPLE00"
 CLIENT_ID = "cid_EXAMPLEexampleEXAMPLE00"
 CLIENT_SECRET = "cs_EXAMPLE0-no-real-secret-only-the-length-of-one-here-00000"
-_WEBHOOK_SECRET = "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000"
 _AUDIENCE = "https://reports.example.com"
 _HOOK = "https://hooks.example.com/lanyard"
 _TIME, _LATER = "2026-06-01T12:00:00Z", "2026-08-30T12:00:00Z"
@@ -57,7 +55,9 @@ _SEARCH = doc("Text in name, description or owner; or a client id, or its start:
 _ID = doc("The id. It never changes.", AGENT_ID)
 _CREATED_AT = doc("When it was created.", _TIME)
 _UPDATED_AT = doc("When it was last changed.", _TIME)
-_NEXT = doc("The `after` of the next page. Null: this is the last page.", None)
+_NEXT = fields.String(
+    allow_none=True, **doc("The `after` of the next page. Null: this is the last page.", None)
+)
 _CLIENT_ID = doc("The agent's public name at the token endpoint.", CLIENT_ID)
 _TOKEN_COUNT = doc("Tokens issued for the agent's credentials.", 12)
 _REFRESH_COUNT = doc("Tokens issued for a refresh token.", 3)
@@ -65,10 +65,15 @@ _ACTIVE_AT = doc("When the agent last got a token or changed itself.", _TIME)
 _TOKEN_AT = doc("When the agent last got a token.", _TIME)
 
 
+class _Update(Schema):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(partial=True, **options)
+
+
 class AgentFields(Schema):
     """The fields of an agent that an operator sets."""
 
-    name = Text(max=128, **_NAME)
+    name = Text(max=128, required=True, **_NAME)
     description = Text(min=0, max=1024, lines=True, allow_none=True, **_DESCRIPTION)
     owner = Text(min=0, max=256, allow_none=True, **_OWNER)
     scopes = fields.List(scope(), validate=[Length(max=64), no_repeats], **_SCOPES)
@@ -106,7 +111,6 @@ class AgentCreate(AgentFields):
         "then": {"required": ["jwks"], "properties": {"jwks": {"type": "object"}}},
     }
 
-    name = Text(max=128, required=True, **_NAME)
     token_endpoint_auth_method = fields.String(
         load_default="client_secret_basic",
         validate=OneOf(["client_secret_basic", "client_secret_post", "private_key_jwt"]),
@@ -119,7 +123,7 @@ class AgentCreate(AgentFields):
             raise ValidationError("private_key_jwt needs the agent's public keys.", "jwks")
 
 
-class AgentUpdate(AgentFields):
+class AgentUpdate(_Update, AgentFields):
     """Changes to an agent. Fields left out stay as they are."""
 
     examples = {
@@ -206,12 +210,10 @@ class Response(Schema):
     """A response. Every field is always present, unless its metadata says `optional`."""
 
     class Meta:
-        """Later versions may add fields."""
-
-        unknown = EXCLUDE
+        unknown = EXCLUDE  # later versions may add fields
 
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        """Marshmallow's hook. `required` has no effect on the output: it is for the document."""
+        # For the document: Marshmallow ignores `required` in output.
         field_obj.required = not field_obj.metadata.get("optional")
 
 
@@ -226,7 +228,7 @@ class Agent(Response):
     scopes = fields.List(fields.String(), **_SCOPES)
     audiences = fields.List(fields.String(), **_AUDIENCES)
     metadata = fields.Dict(values=fields.String(), **_METADATA)
-    # An agent past its time is treated as deactivated, so that is what it looks like.
+    # An expired agent is treated as deactivated.
     is_active = fields.Function(
         lambda agent: is_live(agent, now()),
         **doc("False while it is deactivated or expired.", True, type="boolean", readOnly=False),
@@ -243,27 +245,15 @@ class Agent(Response):
     last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
 
 
-class AgentResponse(Response):
-    """One agent."""
-
-    agent = fields.Nested(Agent)
-
-
-class AgentCreated(AgentResponse):
+class AgentCreated(Response):
     """The new agent and its client secret, shown once. An agent with keys has none."""
 
+    agent = fields.Nested(Agent)
     client_id = fields.String(**_CLIENT_ID)
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET, optional=True))
 
 
-class AgentPage(Response):
-    """A page of agents, newest first."""
-
-    agents = fields.List(fields.Nested(Agent))
-    next = fields.String(allow_none=True, **_NEXT)
-
-
-class AgentDeactivated(AgentResponse):
+class AgentDeactivated(Response):
     """The deactivated agent."""
 
     message = fields.String(**doc("A sentence for people.", "This agent is deactivated."))
@@ -280,16 +270,10 @@ class Secret(Response):
     """A client secret, without its text."""
 
     id = fields.String(**_ID)
-    hint = fields.String(**doc("The eight characters after `cs_`, to tell secrets apart.", "EXAMPLE0"))
+    hint = fields.String(**doc("The eight characters after `cs_`.", "EXAMPLE0"))
     created_at = Timestamp(**_CREATED_AT)
     expires_at = Timestamp(allow_none=True, **doc("When it stops working. Null: never.", None))
     last_used_at = Timestamp(allow_none=True, **doc("When it last got a token.", _TIME))
-
-
-class Secrets(Response):
-    """The live secrets of an agent, newest first."""
-
-    secrets = fields.List(fields.Nested(Secret))
 
 
 class RotationRecord(Response):
@@ -319,50 +303,39 @@ class Event(Response):
     data = fields.Dict(**doc("Details of the event type. Never a secret.", _EVENT_DATA))
 
 
-class EventPage(Response):
-    """A page of events, newest first."""
-
-    events = fields.List(fields.Nested(Event))
-    next = fields.String(allow_none=True, **_NEXT)
-
-
 _SUBSCRIPTIONS = doc("Event types, or groups such as `agent.*`. `*` is every event.", _SUBSCRIBED)
+_SIGNING_SECRET = doc("The secret.", "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000")
 _HOOK_NAME = doc("The display name.", "audit")
 _MAX_RETRIES = doc("How often a failed delivery is retried.", 9)
 
 
-def _subscriptions(**options: Any) -> fields.List[str]:
-    known = fields.String(validate=_EVENT_NAMES)
-    return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **_SUBSCRIPTIONS, **options)
+class WebhookCreate(Schema):
+    """A new webhook."""
 
+    examples: Mapping[str, Any] = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
 
-def _url(**options: Any) -> Text:
-    # wall.parse checks more: the pattern is for the document.
-    text = "Where events are sent: https and a public address, unless the server allows others."
-    pattern = r"^https?://[!$-;=?-\[\]_a-z~]+$"
-    return Text(max=2048, **doc(text, _HOOK, format="uri", pattern=pattern), **options)
-
-
-class WebhookFields(Schema):
-    """The fields of a webhook that an operator sets."""
-
-    name = Text(max=128, **_HOOK_NAME)
-    url = _url()
-    events = _subscriptions()
+    name = Text(max=128, required=True, **_HOOK_NAME)
+    url = Text(
+        max=2048,
+        required=True,
+        # ssrf.parse checks more: the pattern is for the document.
+        **doc(
+            "Where events are sent: https and a public address, unless the server allows others.",
+            _HOOK,
+            format="uri",
+            pattern=r"^https?://[!$-;=?-\[\]_a-z~]+$",
+        ),
+    )
+    events = fields.List(
+        fields.String(validate=_EVENT_NAMES),
+        required=True,
+        validate=[Length(min=1, max=32), no_repeats],
+        **_SUBSCRIPTIONS,
+    )
     max_retries = StrictInteger(validate=Range(0, 9), **_MAX_RETRIES)
 
 
-class WebhookCreate(WebhookFields):
-    """A new webhook."""
-
-    examples = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
-
-    name = Text(max=128, required=True, **_HOOK_NAME)
-    url = _url(required=True)
-    events = _subscriptions(required=True)
-
-
-class WebhookUpdate(WebhookFields):
+class WebhookUpdate(_Update, WebhookCreate):
     """Changes to a webhook. Fields left out stay as they are."""
 
     examples = {"Switch on": {"is_active": True}}
@@ -394,26 +367,17 @@ class Webhook(Response):
     updated_at = Timestamp(**_UPDATED_AT)
 
 
-class WebhookResponse(Response):
-    """One webhook."""
-
-    webhook = fields.Nested(Webhook)
-
-
 class WebhookSecret(Response):
     """The signing secret, shown once."""
 
-    secret = fields.String(**doc("The secret (Standard Webhooks).", _WEBHOOK_SECRET))
+    secret = fields.String(**_SIGNING_SECRET)
 
 
-class WebhookCreated(WebhookResponse, WebhookSecret):
+class WebhookCreated(Response):
     """The new webhook and its signing secret, shown once."""
 
-
-class WebhookList(Response):
-    """All webhooks, newest first."""
-
-    webhooks = fields.List(fields.Nested(Webhook))
+    webhook = fields.Nested(Webhook)
+    secret = fields.String(**_SIGNING_SECRET)
 
 
 class DeliveryQuery(PageQuery):
@@ -436,19 +400,6 @@ class Delivery(Response):
     response_status = fields.Integer(allow_none=True, **doc("The receiver's status.", 200))
     response_body = fields.String(allow_none=True, **doc("The first kilobyte of its response.", "ok"))
     error = fields.String(allow_none=True, **doc("Why the last attempt got no response.", None))
-
-
-class DeliveryResponse(Response):
-    """One delivery."""
-
-    delivery = fields.Nested(Delivery)
-
-
-class DeliveryPage(Response):
-    """A page of deliveries, newest first."""
-
-    deliveries = fields.List(fields.Nested(Delivery))
-    next = fields.String(allow_none=True, **_NEXT)
 
 
 class EventTypes(Response):
@@ -477,18 +428,6 @@ class SigningKey(Response):
     gone_at = Timestamp(allow_none=True, **doc("When its publication ends. Null: it is the newest.", None))
 
 
-class KeyResponse(Response):
-    """One signing key."""
-
-    key = fields.Nested(SigningKey)
-
-
-class KeyList(Response):
-    """The signing keys, newest first."""
-
-    keys = fields.List(fields.Nested(SigningKey))
-
-
 class Usage(Response):
     """An agent's tokens and rotations."""
 
@@ -512,3 +451,26 @@ class Status(Response):
     """The state of the service."""
 
     status = fields.String(validate=OneOf(["ok", "ready"]))
+
+
+def _envelope(name: str, description: str, **members: fields.Field[Any]) -> type[Response]:
+    return type(name, (Response,), {"__doc__": description, **members})
+
+
+def _list_of(schema: type[Schema]) -> fields.List[Any]:
+    return fields.List(fields.Nested(schema))
+
+
+# Responses that only wrap the schemas above.
+AgentResponse = _envelope("AgentResponse", "One agent.", agent=fields.Nested(Agent))
+AgentPage = _envelope("AgentPage", "A page of agents, newest first.", agents=_list_of(Agent), next=_NEXT)
+Secrets = _envelope("Secrets", "The valid secrets of an agent, newest first.", secrets=_list_of(Secret))
+EventPage = _envelope("EventPage", "A page of events, newest first.", events=_list_of(Event), next=_NEXT)
+WebhookResponse = _envelope("WebhookResponse", "One webhook.", webhook=fields.Nested(Webhook))
+WebhookList = _envelope("WebhookList", "All webhooks, newest first.", webhooks=_list_of(Webhook))
+DeliveryResponse = _envelope("DeliveryResponse", "One delivery.", delivery=fields.Nested(Delivery))
+DeliveryPage = _envelope(
+    "DeliveryPage", "A page of deliveries, newest first.", deliveries=_list_of(Delivery), next=_NEXT
+)
+KeyResponse = _envelope("KeyResponse", "One signing key.", key=fields.Nested(SigningKey))
+KeyList = _envelope("KeyList", "The signing keys, newest first.", keys=_list_of(SigningKey))

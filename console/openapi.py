@@ -141,7 +141,9 @@ class _Routes(FlaskPlugin):
                 schema = resolve_schema_instance(media["schema"])
                 media["examples"] = {title: {"value": body} for title, body in schema.examples.items()}
                 # A body of optional fields only may be left out.
-                operation["requestBody"]["required"] = any(f.required for f in schema.fields.values())
+                operation["requestBody"]["required"] = not schema.partial and any(
+                    f.required for f in schema.fields.values()
+                )
             responses = operation.setdefault("responses", {})
             for status in self._implied_errors(path, operation):
                 responses.setdefault(status, HTTPStatus(status).name)
