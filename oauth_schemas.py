@@ -1,4 +1,4 @@
-"""The bodies of the OAuth endpoints and the discovery documents as Marshmallow schemas, for documentation only."""
+"""The bodies of the OAuth endpoints and the discovery documents, for the OpenAPI document."""
 
 from __future__ import annotations
 
