@@ -59,7 +59,7 @@ _BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, wa
 @bp.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
 @bp.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
 @bp.errors(401, **_BAD_CLIENT)
-def token() -> Response:
+def token() -> Any:
     """Trade client credentials or a refresh token for an access token.
 
     ---
@@ -73,19 +73,19 @@ def token() -> Response:
     5. `tokens.start_family` or `tokens.rotate_family` writes the refresh token, the usage and the event in
        one transaction, before the response.
     """
-    return _token_response(TokenRequest())
+    return state().oauth_server.create_token_response(TokenRequest())
 
 
 @bp.post("/oauth/refresh")
 @bp.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
 @bp.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
 @bp.errors(401, **_BAD_CLIENT)
-def refresh() -> Response:
+def refresh() -> Any:
     """Trade a refresh token for new tokens, without naming the grant type."""
     token_request = TokenRequest()
     if token_request.form.setdefault("grant_type", "refresh_token") != "refresh_token":
         raise OAuth2Error(_BAD_GRANT_TYPE, error="unsupported_grant_type")
-    return _token_response(token_request)
+    return state().oauth_server.create_token_response(token_request)
 
 
 @bp.post("/oauth/introspect")
@@ -93,9 +93,9 @@ def refresh() -> Response:
 @bp.form(oauth_schemas.TokenParameter, oauth_schemas.Introspected)
 @bp.errors(400, invalid_request="Send token.")
 @bp.errors(401, **_BAD_CALLER)
-def introspect() -> Response:
+def introspect() -> Any:
     """Introspect a token (RFC 7662)."""
-    return _endpoint_response("introspection")
+    return state().oauth_server.create_endpoint_response("introspection", TokenRequest())
 
 
 @bp.post("/oauth/revoke")
@@ -103,9 +103,9 @@ def introspect() -> Response:
 @bp.form(oauth_schemas.TokenParameter, oauth_schemas.Revoked)
 @bp.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
 @bp.errors(401, **_BAD_CALLER)
-def revoke() -> Response:
+def revoke() -> Any:
     """Revoke a token (RFC 7009)."""
-    return _endpoint_response("revocation")
+    return state().oauth_server.create_endpoint_response("revocation", TokenRequest())
 
 
 @bp.get("/oauth/authorize")
@@ -134,16 +134,6 @@ def init_app(app: Flask, settings: Settings) -> None:
         ):
             path = name + settings.issuer_path
             app.add_url_rule(f"/.well-known/{path}", path, view)
-
-
-def _token_response(token_request: TokenRequest) -> Response:
-    response: Response = state().oauth_server.create_token_response(token_request)
-    return response
-
-
-def _endpoint_response(endpoint: str) -> Response:
-    response: Response = state().oauth_server.create_endpoint_response(endpoint, TokenRequest())
-    return response
 
 
 class TokenRequest(OAuth2Request):

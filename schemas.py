@@ -55,9 +55,7 @@ _SEARCH = doc("Text in name, description or owner; or a client id, or its start:
 _ID = doc("The id. It never changes.", AGENT_ID)
 _CREATED_AT = doc("When it was created.", _TIME)
 _UPDATED_AT = doc("When it was last changed.", _TIME)
-_NEXT = fields.String(
-    allow_none=True, **doc("The `after` of the next page. Null: this is the last page.", None)
-)
+_NEXT = fields.String(allow_none=True, **doc("The `after` of the next page. Null: the last page.", None))
 _CLIENT_ID = doc("The agent's public name at the token endpoint.", CLIENT_ID)
 _TOKEN_COUNT = doc("Tokens issued for the agent's credentials.", 12)
 _REFRESH_COUNT = doc("Tokens issued for a refresh token.", 3)
@@ -79,10 +77,7 @@ class AgentFields(Schema):
     scopes = fields.List(scope(), validate=[Length(max=64), no_repeats], **_SCOPES)
     audiences = fields.List(audience(), validate=[Length(max=16), no_repeats], **_AUDIENCES)
     metadata = fields.Dict(
-        keys=Text(max=64),
-        values=Text(min=0, max=512, lines=True),
-        validate=Length(max=32),
-        **_METADATA,
+        keys=Text(max=64), values=Text(min=0, max=512, lines=True), validate=Length(max=32), **_METADATA
     )
     token_ttl = StrictInteger(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
     rate_limit = StrictInteger(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
@@ -159,9 +154,7 @@ class EventQuery(PageQuery):
     """`GET /api/events`: filters."""
 
     agent_id = Text(min=0, max=36, load_default=None, **doc("Only events of this agent."))
-    type = fields.String(
-        load_default=None, validate=_EVENT_NAMES, **doc("Only events of this type or group.")
-    )
+    type = fields.String(load_default=None, validate=_EVENT_NAMES, **doc("Only this type or group."))
 
 
 class Empty(Schema):
