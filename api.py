@@ -37,14 +37,12 @@ class Problem(Exception):
         error: str,
         description: str,
         *,
-        fields: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        **members: Any,
     ) -> None:
         super().__init__(f"{status} {error}: {description}")
         self.status = status
-        self.body: dict[str, Any] = {"error": error, "error_description": description}
-        if fields:
-            self.body["fields"] = fields
+        self.body = {"error": error, "error_description": description, **members}
         self.headers = headers or {}
 
 
@@ -164,10 +162,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class Parser(FlaskParser):
     """webargs' parser with strict JSON bodies and no unknown query parameters."""
 
-    DEFAULT_UNKNOWN_BY_LOCATION = {  # noqa: RUF012 - webargs reads it as a class attribute
-        **FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION,
-        "query": marshmallow.RAISE,
-    }
+    DEFAULT_UNKNOWN_BY_LOCATION = FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION | {"query": marshmallow.RAISE}
     DEFAULT_VALIDATION_STATUS = 400  # in the OpenAPI document
 
     def load_json(self, req: Request, schema: marshmallow.Schema) -> Any:
@@ -197,7 +192,7 @@ def refuse(messages: dict[Any, Any]) -> NoReturn:
     :raises Problem: 400, with the messages of each field.
     """
     flat = _flatten(messages)
-    texts = [f"{name[:64]!r}: {found[0]}" for name, found in list(flat.items())[:3]]
+    texts = [f"{name[:64]!r}: {problems[0]}" for name, problems in list(flat.items())[:3]]
     if len(flat) > 3:
         texts.append("And more, in fields.")
     raise Problem(400, "invalid_request", " ".join(texts), fields=flat)
@@ -206,14 +201,14 @@ def refuse(messages: dict[Any, Any]) -> NoReturn:
 def _flatten(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:
     """Return nested messages under dotted names: `{"scopes.1": ["Not a valid string."]}`."""
     flat: dict[str, list[str]] = {}
-    for name, found in messages.items():
+    for name, value in messages.items():
         # Marshmallow's own names: `_schema` for the whole, `key` and `value` for an entry of a dictionary.
         nameless = name == "_schema" or ("." in path and name in ("key", "value"))
         here = path if nameless else f"{path}.{name}".lstrip(".")
-        if isinstance(found, dict):
-            flat |= _flatten(found, here)
+        if isinstance(value, dict):
+            flat |= _flatten(value, here)
         else:
-            flat[here or "body"] = found
+            flat[here or "body"] = value
     return flat
 
 
@@ -301,18 +296,8 @@ def audience() -> Text:
     )
 
 
-_JWK_SET = {
-    "required": ["keys"],
-    "properties": {"keys": {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "object"}}},
-    "additionalProperties": False,
-}
-
-
 class PublicKeys(fields.Field[dict[str, Any]]):
     """A JWK set (RFC 7517 §5) of 1 to 8 public keys that `private_key_jwt` can use."""
-
-    def __init__(self, *, metadata: Mapping[str, Any], **kwargs: Any) -> None:
-        super().__init__(metadata={**_JWK_SET, **metadata}, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or set(value) != {"keys"} or not isinstance(value["keys"], list):
@@ -383,10 +368,7 @@ def rfc3339(moment: datetime) -> str:
 
 
 def cached_response(body: bytes, max_age: int, mimetype: str = "application/json") -> Response:
-    """Return a cacheable response with an ETag, or 304 to a client that has it.
-
-    :param max_age: seconds.
-    """
+    """Return a response with an ETag, cacheable for `max_age` seconds, or 304 to a client that has it."""
     response = Response(body, mimetype=mimetype)
     response.headers["Cache-Control"] = f"public, max-age={max_age}"
     response.set_etag(sha256(body).hexdigest()[:32])
@@ -396,9 +378,10 @@ def cached_response(body: bytes, max_age: int, mimetype: str = "application/json
 
 
 def doc(description: str, *examples: Any, **others: Any) -> dict[str, Any]:
-    """Keyword arguments that document a field: its description, examples, and other JSON Schema keywords."""
-    shown = {"examples": list(examples)} if examples else {}
-    return {"metadata": {"description": description, **shown, **others}}
+    """Return keyword arguments that document a field: description, examples, JSON Schema keywords."""
+    if examples:
+        others["examples"] = list(examples)
+    return {"metadata": {"description": description, **others}}
 
 
 class Error(Schema):

@@ -114,10 +114,8 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         prepare = partial(_prepare_database, settings, serving)
         database.init_database(app, settings, serving=serving, prepare=prepare)
         auth.init_app(app, settings, serving=serving)
-    except DecryptionError as error:
-        raise SettingError(f"{error}.") from None
-    except postgresql.EncodingError as error:
-        raise SettingError(str(error)) from None
+    except (DecryptionError, postgresql.EncodingError) as error:
+        raise SettingError(f"{str(error).rstrip('.')}.") from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -133,13 +131,9 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
         outdated = database.check_encryption(connection)
         # A second running server may lack the newest encryption key.
         if is_first and database.encrypt_again(connection):
-            log.warning(
-                "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
-            )
+            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: no server starts without it.")
         elif serving and not is_first and outdated:
-            log.warning(
-                "Another server runs: secrets stay encrypted as they are, until one is started alone."
-            )
+            log.warning("Another server runs: secrets are encrypted anew once a server starts alone.")
 
 
 # An empty path is this one (RFC 9110 §4.2.3); werkzeug would redirect it, in HTML.

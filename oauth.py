@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from authlib.integrations.flask_oauth2 import AuthorizationServer
 from authlib.oauth2 import OAuth2Error
@@ -20,7 +19,7 @@ from authlib.oauth2.rfc6749 import (
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from authlib.oauth2.rfc7009 import RevocationEndpoint
 from authlib.oauth2.rfc7662 import IntrospectionEndpoint
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, g, request
 
 import auth
 import client_auth
@@ -148,10 +147,9 @@ class TokenRequest(OAuth2Request):
         self.payload = BasicOAuth2Payload(read_parameters(_PARAMETERS))
 
     @property
-    def form(self) -> dict[str, Any]:
+    def form(self) -> Any:
         """The parameters, as Authlib's classes read them."""
-        parameters: dict[str, Any] = self.payload.data
-        return parameters
+        return self.payload.data
 
 
 class Server(AuthorizationServer):
@@ -173,11 +171,8 @@ class Server(AuthorizationServer):
     ) -> client_auth.Client:
         return client_auth.authenticate(request)
 
-    def handle_response(self, status: int, body: Any, headers: list[tuple[str, str]]) -> Response:
-        response = jsonify(body)
-        response.status_code = status
-        response.headers.extend((name, value) for name, value in headers if name != "Content-Type")
-        return response
+    def handle_response(self, status: int, body: Any, headers: list[tuple[str, str]]) -> Any:
+        return body, status, headers
 
     def handle_error_response(self, request: OAuth2Request, error: OAuth2Error) -> Response:
         raise error  # to the app's error handler
@@ -186,18 +181,16 @@ class Server(AuthorizationServer):
 class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     """RFC 6749 §4.4; a refresh token comes with the access token."""
 
-    TOKEN_ENDPOINT_AUTH_METHODS = client_auth.AUTH_METHODS
-
     def validate_token_request(self) -> None:
         """Authenticate the client and check scope and audiences (RFC 8707)."""
         super().validate_token_request()
         requested = _requested_audiences(self.request) or [settings().audience]
         if not set(requested) <= self.client.allowed_audiences:
-            raise _invalid_target()
+            raise OAuth2Error(_BAD_TARGET, error="invalid_target")
         self.client.audiences = requested
 
     def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
-        """Issue and store the tokens. Authlib's method writes them to its debug log."""
+        """Issue and store the tokens. (Authlib's method would write them to its debug log.)"""
         token = self.generate_token(scope=self.request.payload.scope)
         tokens.start_family(self.client, token)
         counters.count_token("issued")
@@ -206,8 +199,6 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
 
 class RefreshTokenGrant(grants.RefreshTokenGrant):
     """RFC 6749 §6 with rotation. Client credentials are optional, and checked when sent."""
-
-    TOKEN_ENDPOINT_AUTH_METHODS = client_auth.AUTH_METHODS
 
     def validate_token_request(self) -> None:
         """Find the client by its refresh token and check scope and audiences."""
@@ -245,7 +236,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         granted = self.client.held_audiences
         requested = _requested_audiences(self.request) or granted
         if not requested or not set(requested) <= set(granted):
-            raise _invalid_target()
+            raise OAuth2Error(_BAD_TARGET, error="invalid_target")
         return requested
 
 
@@ -255,17 +246,11 @@ def _requested_audiences(request: OAuth2Request) -> list[str]:
     return list(dict.fromkeys(own.get(name, name) for name in request.form.get("resource", ())))
 
 
-def _invalid_target() -> OAuth2Error:
-    return OAuth2Error(_BAD_TARGET, error="invalid_target")
-
-
-@dataclass(frozen=True)
-class ValidToken:
+class ValidToken(NamedTuple):
     """A token that is valid now."""
 
     claims: dict[str, Any]  # RFC 7662 §2.2
-    # The agent's row for its event; the client for a refresh token.
-    agent: Any
+    agent: Any  # the agent's row, or the Client of a refresh token
 
 
 class _TokenEndpoint:
@@ -335,10 +320,10 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
 
 
 def _access_token(text: str) -> ValidToken | None:
-    found = auth.inspect_token(text)
-    if found is None:
+    verified = auth.inspect_token(text)
+    if verified is None:
         return None
-    claims, agent = found
+    claims, agent = verified
     names = ("scope", "client_id", "sub", "aud", "iss", "exp", "iat", "jti", "agent_id")
     return ValidToken({name: claims[name] for name in names} | {"token_type": "Bearer"}, agent)
 

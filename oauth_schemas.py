@@ -18,7 +18,7 @@ _STRING = {"type": "string"}
 
 
 def _parameter(description: str) -> fields.String:
-    # The empty example keeps Swagger UI from filling its form with "string"; empty counts as left out.
+    # Without an example Swagger UI fills its form with "string". Empty counts as left out.
     return fields.String(**doc(description, ""))
 
 

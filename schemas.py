@@ -47,7 +47,13 @@ _TOKEN_TTL = doc("Lifetime of an access token in seconds. Null: the server's def
 _RATE_LIMIT = doc("Tokens the agent may get per minute. Null: no limit.", None)
 _AUTH_METHOD = doc("How it authenticates. With `private_key_jwt` it has no secret.", "client_secret_basic")
 _EXPIRES_IN = doc("Seconds until it expires. Null: never.", 7_776_000)
-_JWKS = doc("Its public keys (RFC 7517 §5): RSA to 6144 bits, P-256 or Ed25519.", {"keys": [JWK]})
+_JWKS = doc(
+    "Its public keys (RFC 7517 §5): RSA to 6144 bits, P-256 or Ed25519.",
+    {"keys": [JWK]},
+    required=["keys"],
+    properties={"keys": {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "object"}}},
+    additionalProperties=False,
+)
 _GRACE_PERIOD = doc("Seconds that the old secret still works.", 3600)
 _REVOKE_TOKENS = doc("Revoke all tokens of the agent, after a leak.", False)
 _STALE_DAYS = doc("Only agents without activity for so many days.")
@@ -322,7 +328,7 @@ class WebhookCreate(Schema):
     events = fields.List(
         fields.String(validate=_EVENT_NAMES),
         required=True,
-        validate=[Length(min=1, max=32), no_repeats],
+        validate=[Length(1, 32), no_repeats],
         **_SUBSCRIPTIONS,
     )
     max_retries = StrictInteger(validate=Range(0, 9), **_MAX_RETRIES)
@@ -446,7 +452,7 @@ class Status(Response):
     status = fields.String(validate=OneOf(["ok", "ready"]))
 
 
-def _envelope(name: str, description: str, **members: fields.Field[Any]) -> type[Response]:
+def _wrap(name: str, description: str, **members: fields.Field[Any]) -> type[Response]:
     return type(name, (Response,), {"__doc__": description, **members})
 
 
@@ -455,15 +461,13 @@ def _list_of(schema: type[Schema]) -> fields.List[Any]:
 
 
 # Responses that only wrap the schemas above.
-AgentResponse = _envelope("AgentResponse", "One agent.", agent=fields.Nested(Agent))
-AgentPage = _envelope("AgentPage", "A page of agents, newest first.", agents=_list_of(Agent), next=_NEXT)
-Secrets = _envelope("Secrets", "The valid secrets of an agent, newest first.", secrets=_list_of(Secret))
-EventPage = _envelope("EventPage", "A page of events, newest first.", events=_list_of(Event), next=_NEXT)
-WebhookResponse = _envelope("WebhookResponse", "One webhook.", webhook=fields.Nested(Webhook))
-WebhookList = _envelope("WebhookList", "All webhooks, newest first.", webhooks=_list_of(Webhook))
-DeliveryResponse = _envelope("DeliveryResponse", "One delivery.", delivery=fields.Nested(Delivery))
-DeliveryPage = _envelope(
-    "DeliveryPage", "A page of deliveries, newest first.", deliveries=_list_of(Delivery), next=_NEXT
-)
-KeyResponse = _envelope("KeyResponse", "One signing key.", key=fields.Nested(SigningKey))
-KeyList = _envelope("KeyList", "The signing keys, newest first.", keys=_list_of(SigningKey))
+AgentResponse = _wrap("AgentResponse", "One agent.", agent=fields.Nested(Agent))
+AgentPage = _wrap("AgentPage", "Agents, newest first.", agents=_list_of(Agent), next=_NEXT)
+Secrets = _wrap("Secrets", "The valid secrets of an agent, newest first.", secrets=_list_of(Secret))
+EventPage = _wrap("EventPage", "Events, newest first.", events=_list_of(Event), next=_NEXT)
+WebhookResponse = _wrap("WebhookResponse", "One webhook.", webhook=fields.Nested(Webhook))
+WebhookList = _wrap("WebhookList", "All webhooks, newest first.", webhooks=_list_of(Webhook))
+DeliveryResponse = _wrap("DeliveryResponse", "One delivery.", delivery=fields.Nested(Delivery))
+DeliveryPage = _wrap("DeliveryPage", "Deliveries, newest first.", deliveries=_list_of(Delivery), next=_NEXT)
+KeyResponse = _wrap("KeyResponse", "One signing key.", key=fields.Nested(SigningKey))
+KeyList = _wrap("KeyList", "The signing keys, newest first.", keys=_list_of(SigningKey))
