@@ -131,7 +131,7 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
         outdated = database.check_encryption(connection)
         # A second running server may lack the newest encryption key.
         if is_first and database.encrypt_again(connection):
-            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: no server starts without it.")
+            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: nothing starts without it.")
         elif serving and not is_first and outdated:
             log.warning("Another server runs: secrets are encrypted anew once a server starts alone.")
 

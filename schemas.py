@@ -305,6 +305,12 @@ class Event(Response):
 _SUBSCRIPTIONS = doc("Event types, or groups such as `agent.*`. `*` is every event.", _SUBSCRIBED)
 _SIGNING_SECRET = doc("The secret.", "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000")
 _HOOK_NAME = doc("The display name.", "audit")
+_HOOK_URL = doc(
+    "Where events are sent: https and a public address, unless the server allows others.",
+    _HOOK,
+    format="uri",
+    pattern=r"^https?://[!$-;=?-\[\]_a-z~]+$",  # for the document: ssrf.parse checks more
+)
 _MAX_RETRIES = doc("How often a failed delivery is retried.", 9)
 
 
@@ -314,17 +320,7 @@ class WebhookCreate(Schema):
     examples: Mapping[str, Any] = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
 
     name = Text(max=128, required=True, **_HOOK_NAME)
-    url = Text(
-        max=2048,
-        required=True,
-        # ssrf.parse checks more: the pattern is for the document.
-        **doc(
-            "Where events are sent: https and a public address, unless the server allows others.",
-            _HOOK,
-            format="uri",
-            pattern=r"^https?://[!$-;=?-\[\]_a-z~]+$",
-        ),
-    )
+    url = Text(max=2048, required=True, **_HOOK_URL)
     events = fields.List(
         fields.String(validate=_EVENT_NAMES),
         required=True,
