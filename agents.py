@@ -55,7 +55,7 @@ def list_agents(query: dict[str, Any]) -> dict[str, Any]:
 
 
 @management.get(_ONE)
-@management.response(200, schemas.AgentAnswer)
+@management.response(200, schemas.AgentResponse)
 def show_agent(agent_id: str) -> dict[str, Any]:
     """Get an agent."""
     with reading() as connection:
@@ -64,7 +64,7 @@ def show_agent(agent_id: str) -> dict[str, Any]:
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
 @management.arguments(schemas.AgentUpdate)
-@management.response(200, schemas.AgentAnswer)
+@management.response(200, schemas.AgentResponse)
 @management.errors(409, conflict=_NEEDS_KEYS)
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Change an agent.
@@ -92,7 +92,7 @@ def delete_agent(agent_id: str) -> None:
 @management.post(_ONE)
 @management.arguments(schemas.Action)
 @management.response(200)
-@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentAnswer]})
+@management.alt_response(200, schema={"oneOf": [schemas.Rotated, schemas.AgentResponse]})
 @management.errors(409, conflict=_EXPIRED)
 def act_on_agent(fields: dict[str, Any], agent_id: str) -> Any:
     """Rotate, deactivate or reactivate an agent, by the name of the action."""
@@ -100,7 +100,7 @@ def act_on_agent(fields: dict[str, Any], agent_id: str) -> Any:
     if action == "rotate":
         return schemas.Rotated().dump(rotate(agent_id, **fields))
     act = deactivate if action == "deactivate" else reactivate
-    return schemas.AgentAnswer().dump(act(agent_id))
+    return schemas.AgentResponse().dump(act(agent_id))
 
 
 @management.post(_ONE + "/rotate")
@@ -113,16 +113,16 @@ def rotate_secret(fields: dict[str, Any], agent_id: str) -> dict[str, str]:
 
 
 @management.post(_ONE + "/deactivate")
-@management.arguments(schemas.Nothing)
-@management.response(200, schemas.AgentAnswer)
+@management.arguments(schemas.Empty)
+@management.response(200, schemas.AgentResponse)
 def deactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Deactivate an agent and end all its tokens."""
     return deactivate(agent_id)
 
 
 @management.post(_ONE + "/reactivate")
-@management.arguments(schemas.Nothing)
-@management.response(200, schemas.AgentAnswer)
+@management.arguments(schemas.Empty)
+@management.response(200, schemas.AgentResponse)
 @management.errors(409, conflict=_EXPIRED)
 def reactivate_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Reactivate an agent. Its old tokens stay invalid."""
@@ -151,7 +151,7 @@ def delete_secret(agent_id: str, secret_id: str) -> None:
 
 
 @self_service.get("")
-@self_service.response(200, schemas.AgentAnswer)
+@self_service.response(200, schemas.AgentResponse)
 def show_me() -> dict[str, Any]:
     """Get the calling agent."""
     return {"agent": g.agent}
@@ -179,7 +179,7 @@ def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
 
 
 @self_service.post("/deactivate")
-@self_service.arguments(schemas.Nothing)
+@self_service.arguments(schemas.Empty)
 @self_service.response(200, schemas.AgentDeactivated)
 def deactivate_me(fields: dict[str, Any]) -> dict[str, Any]:
     """Deactivate the calling agent. Only an operator can reactivate it."""

@@ -1,19 +1,21 @@
-"""What every route shares: strict parsing, field types, `Problem`, a self-documenting `Blueprint`."""
+"""Strict request parsing, field types, `Problem`, and a `Blueprint` with its documentation."""
 
 from __future__ import annotations
 
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from functools import lru_cache
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, NoReturn
+from urllib.parse import parse_qsl
 
 import flask_smorest
 import marshmallow
+from authlib.oauth2.rfc6749 import InvalidRequestError
 from flask import Request, Response, request
 from joserfc.jwk import RSAKey, import_key
 from marshmallow import EXCLUDE, Schema, ValidationError, fields
@@ -23,10 +25,11 @@ from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 MAX_BODY = 64 * 1024  # bytes
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 
 
 class Problem(Exception):
-    """An answer that is an error: raise it anywhere, one handler gives it the one shape."""
+    """An error response: raise it anywhere, the app's error handler answers it."""
 
     def __init__(
         self,
@@ -34,23 +37,19 @@ class Problem(Exception):
         error: str,
         description: str,
         *,
-        fields: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        **members: Any,
     ) -> None:
         super().__init__(f"{status} {error}: {description}")
         self.status = status
-        self.body: dict[str, Any] = {"error": error, "error_description": description}
-        if fields:
-            self.body["fields"] = fields
+        self.body = {"error": error, "error_description": description, **members}
         self.headers = headers or {}
 
 
 def read_body() -> None:
-    """Read a request's body before anything is done with the request, also where a route ignores bodies.
+    """Read the whole body before the route runs, also where a route ignores bodies.
 
-    werkzeug cuts a chunked body at MAX_CONTENT_LENGTH without a word: the app sets that one higher.
-
-    :raises Problem: 400, when the body did not arrive whole.
+    :raises Problem: 400, when the body is incomplete or malformed.
     :raises RequestEntityTooLarge: when it is longer than MAX_BODY.
     """
     if request.method in ("GET", "HEAD", "OPTIONS"):
@@ -64,17 +63,18 @@ def read_body() -> None:
         raise
     except Exception:  # the server's parser has its own exceptions for malformed chunks and trailers
         raise Problem(400, "invalid_request", "The body is not framed as HTTP/1.1 requires.") from None
+    # werkzeug cuts a chunked body at MAX_CONTENT_LENGTH without an error: the app sets that to one byte more.
     if len(raw) > MAX_BODY:
         raise RequestEntityTooLarge
-    # A body cut short could mean something else: rotate at once, instead of with a grace period.
+    # A truncated form may be valid and mean something else: a token of every scope instead of one.
     if length is not None and len(raw) < length:
         raise Problem(400, "invalid_request", "The body is shorter than its Content-Length.")
 
 
 def parse_json(raw: bytes) -> Any:
-    """Parse a JSON text as RFC 8259 has it: no NaN, no repeated names, nothing that is not UTF-8.
+    """Parse JSON strictly (RFC 8259): UTF-8 only, no NaN, no repeated names.
 
-    :raises ValueError: with a sentence that says what is wrong.
+    :raises ValueError: with a sentence that names the problem.
     """
     try:
         return json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
@@ -86,16 +86,57 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError("The body is nested too deeply.") from None
 
 
+def read_parameters(names: Collection[str]) -> dict[str, Any]:
+    """Read the OAuth parameters called `names` from a form or JSON body (RFC 6749 §3.2).
+
+    Each is a string; `resource`, which may repeat (RFC 8707 §2), is a list. Empty ones count as left out.
+
+    :raises InvalidRequestError: when the body is malformed or a parameter is repeated or no string.
+    """
+    parameters: dict[str, Any] = {}
+    resources: list[Any] = []
+    for name, value in _read_pairs():
+        if name == "resource":
+            resources += value if isinstance(value, list) else [value]
+        elif name in parameters:
+            raise InvalidRequestError("A parameter is repeated.")
+        else:
+            parameters[name] = value
+    known = {name: value for name, value in parameters.items() if name in names}
+    for name, value in [*known.items(), *(("resource", resource) for resource in resources)]:
+        if not is_text(value):
+            raise InvalidRequestError(f"{name} must be a string.")
+    known["resource"] = list(dict.fromkeys(filter(None, resources)))
+    return {name: value for name, value in known.items() if value}
+
+
+def _read_pairs() -> list[tuple[str, Any]]:
+    raw = request.get_data()
+    try:
+        if request.mimetype == FORM:
+            return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
+        if request.mimetype == JSON:
+            body = parse_json(raw)
+            if not isinstance(body, dict):
+                raise InvalidRequestError("The body must be a JSON object.")
+            return list(body.items())
+    except UnicodeDecodeError:
+        raise InvalidRequestError("The body is not valid UTF-8.") from None
+    except ValueError:
+        raise InvalidRequestError("The body cannot be parsed.") from None
+    raise InvalidRequestError("Send the body as application/x-www-form-urlencoded or application/json.")
+
+
 def parse_authorization(header: str) -> Authorization | None:
-    """The Authorization header taken apart, or None when it cannot be."""
+    """Parse an Authorization header; None when it is malformed."""
     try:
         return Authorization.from_header(header)
-    except ValueError:  # werkzeug's answer to base64 that is not ASCII
+    except ValueError:  # werkzeug raises it for base64 that is not ASCII
         return None
 
 
 def is_text(value: object) -> bool:
-    """Whether `value` is a string that UTF-8 can carry and C strings keep: no lone surrogates, no NUL."""
+    """Return whether `value` is a string without lone surrogates, which UTF-8 lacks, and without NUL."""
     if not isinstance(value, str) or "\0" in value:
         return False
     return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
@@ -103,7 +144,7 @@ def is_text(value: object) -> bool:
 
 @lru_cache(maxsize=256)
 def route_name(rule: str) -> str:
-    """A route as logs and metrics name it: without what its parts may look like."""
+    """Return a route without its converters, as logs and metrics name it: `/agents/<agent_id>`."""
     return re.sub(r"<[^:<>]+:", "<", rule)
 
 
@@ -119,22 +160,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Parser(FlaskParser):
-    """Reads arguments for the routes: strict JSON bodies, and no query parameter it does not know."""
+    """webargs' parser with strict JSON bodies and no unknown query parameters."""
 
-    DEFAULT_UNKNOWN_BY_LOCATION = {  # noqa: RUF012 - webargs reads it as a class attribute
-        **FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION,
-        "query": marshmallow.RAISE,
-    }
-    DEFAULT_VALIDATION_STATUS = 400  # for the OpenAPI document: handle_error answers
+    DEFAULT_UNKNOWN_BY_LOCATION = FlaskParser.DEFAULT_UNKNOWN_BY_LOCATION | {"query": marshmallow.RAISE}
+    DEFAULT_VALIDATION_STATUS = 400  # in the OpenAPI document
 
     def load_json(self, req: Request, schema: marshmallow.Schema) -> Any:
-        """The body as JSON; an absent body is an empty object."""
+        """Parse the body; an absent body is an empty object."""
         if req.args:
             raise Problem(400, "invalid_request", "Send the fields in the body, not in the URL.")
         raw = req.get_data()
         if not raw:
             return {}
-        if req.mimetype != "application/json":
+        if req.mimetype != JSON:
             raise Problem(415, "unsupported_media_type", "Send the body as application/json.")
         try:
             return parse_json(raw)
@@ -144,60 +182,50 @@ class Parser(FlaskParser):
     def handle_error(
         self, error: marshmallow.ValidationError, req: Request, schema: marshmallow.Schema, **kwargs: Any
     ) -> NoReturn:
-        """Turn what Marshmallow found into the one error shape."""
-        # webargs keys the messages by where the arguments came from: there is one place.
+        # webargs keys the messages by location, of which there is one.
         refuse(next(iter(error.messages_dict.values())))
 
 
 def refuse(messages: dict[Any, Any]) -> NoReturn:
-    """Refuse input for what Marshmallow found wrong with it.
+    """Raise Marshmallow's error messages as a Problem.
 
     :raises Problem: 400, with the messages of each field.
     """
-    found = _flat(messages)
-    raise Problem(400, "invalid_request", _sentence(found), fields=found)
+    flat = _flatten(messages)
+    texts = [f"{name[:64]!r}: {problems[0]}" for name, problems in list(flat.items())[:3]]
+    if len(flat) > 3:
+        texts.append("And more, in fields.")
+    raise Problem(400, "invalid_request", " ".join(texts), fields=flat)
 
 
-def _flat(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:
-    """Marshmallow's nested messages under dotted names: `{"scopes.1": ["Not a valid string."]}`."""
+def _flatten(messages: dict[Any, Any], path: str = "") -> dict[str, list[str]]:
+    """Return nested messages under dotted names: `{"scopes.1": ["Not a valid string."]}`."""
     flat: dict[str, list[str]] = {}
-    for name, found in messages.items():
-        # `_schema` is about the whole; below a dictionary's entry Marshmallow says `key` or `value`.
+    for name, value in messages.items():
+        # Marshmallow's own names: `_schema` for the whole, `key` and `value` for an entry of a dictionary.
         nameless = name == "_schema" or ("." in path and name in ("key", "value"))
         here = path if nameless else f"{path}.{name}".lstrip(".")
-        if isinstance(found, dict):
-            flat |= _flat(found, here)
+        if isinstance(value, dict):
+            flat |= _flatten(value, here)
         else:
-            flat[here or "body"] = found
+            flat[here or "body"] = value
     return flat
 
 
-def _sentence(found: Mapping[str, list[str]], most: int = 3) -> str:
-    told = [f"{name[:64]!r}: {messages[0]}" for name, messages in list(found.items())[:most]]
-    return " ".join([*told, "And more, in fields."] if len(found) > most else told)
-
-
-# The key types of RS256 and PS256, ES256, and EdDSA.
+# For RS256 and PS256, ES256, EdDSA.
 _ASSERTION_KEYS = {("RSA", None), ("EC", "P-256"), ("OKP", "Ed25519")}
-# joserfc verifies no longer signature: 1024 characters of base64url.
-_RSA_BITS = range(2048, 6144 + 1)
+_RSA_BITS = range(2048, 6144 + 1)  # joserfc verifies signatures of up to 1024 characters
 _JWK_MEMBERS = ("kty", "n", "e", "crv", "x", "y", "kid", "alg", "use")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Text(fields.String):
-    """A string of `min` to `max` characters that are not all spaces; one line unless `lines`."""
+    """A string of `min` to `max` characters, not all spaces, one line unless `lines`."""
 
     def __init__(
-        self,
-        *,
-        max: int,
-        min: int = 1,
-        lines: bool = False,
-        metadata: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, *, max: int, min: int = 1, lines: bool = False, metadata: Any = None, **kwargs: Any
     ) -> None:
-        # The rules of _deserialize as a pattern (ECMA 262), for the OpenAPI document.
+        # The rules of _deserialize for the OpenAPI document (ECMA 262).
         control = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f" if lines else r"\x00-\x1f\x7f"
         visible = rf"[^{control}]*[^\s{control}][^{control}]*"
         pattern = rf"^{visible}$" if min else rf"^({visible})?$"
@@ -216,7 +244,7 @@ class Text(fields.String):
         return text
 
 
-class Whole(fields.Integer):
+class StrictInteger(fields.Integer):
     """A JSON integer: 1, but neither 1.0, "1" nor true."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
@@ -225,7 +253,7 @@ class Whole(fields.Integer):
         return super()._deserialize(value, attr, data, **kwargs)
 
 
-class Flag(fields.Boolean):
+class StrictBoolean(fields.Boolean):
     """A JSON boolean: true, but neither 1 nor "yes"."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
@@ -235,20 +263,20 @@ class Flag(fields.Boolean):
 
 
 class Timestamp(fields.Field[datetime]):
-    """RFC 3339 UTC with `Z`, whole seconds."""
+    """A moment as RFC 3339 in UTC."""
 
     def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
         return None if value is None else rfc3339(value)
 
 
 def no_repeats(values: list[str]) -> None:
-    """Refuse a list that holds a value twice."""
+    """Raise ValidationError for a list that repeats a value."""
     if len(set(values)) < len(values):
         raise ValidationError("Must not repeat a value.")
 
 
 def scope() -> Text:
-    """A scope token, RFC 6749 §3.3."""
+    """Return a field for a scope token (RFC 6749 §3.3)."""
     return Text(
         max=128,
         metadata={"pattern": r"^[\x21\x23-\x5b\x5d-\x7e]+$"},
@@ -257,7 +285,7 @@ def scope() -> Text:
 
 
 def audience() -> Text:
-    """An audience: RFC 8707 §2's absolute URI without a fragment, or a plain name."""
+    """Return a field for an audience: an absolute URI without a fragment (RFC 8707 §2), or a plain name."""
     return Text(
         max=255,
         metadata={"pattern": r"^[!$-;=?-\[\]-~]+$"},  # both rules below in one, for the document
@@ -268,33 +296,8 @@ def audience() -> Text:
     )
 
 
-_NUMBER = {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}  # base64url, RFC 7518 §6
-
-
-def _jwk_schema(kty: str, *numbers: str, **members: Any) -> dict[str, Any]:
-    properties: dict[str, Any] = {"kty": {"const": kty}, **members, **dict.fromkeys(numbers, _NUMBER)}
-    required = list(properties)
-    properties |= {"use": {"const": "sig"}, "d": {"not": {}}}  # a `d` makes a private key
-    return {"type": "object", "required": required, "properties": properties}
-
-
-_JWKS = [
-    _jwk_schema("RSA", "n", "e"),
-    _jwk_schema("EC", "x", "y", crv={"const": "P-256"}),
-    _jwk_schema("OKP", "x", crv={"const": "Ed25519"}),
-]
-_JWK_SET = {
-    "required": ["keys"],
-    "properties": {"keys": {"type": "array", "minItems": 1, "maxItems": 8, "items": {"oneOf": _JWKS}}},
-    "additionalProperties": False,
-}
-
-
 class PublicKeys(fields.Field[dict[str, Any]]):
     """A JWK set (RFC 7517 §5) of 1 to 8 public keys that `private_key_jwt` can use."""
-
-    def __init__(self, *, metadata: Mapping[str, Any], **kwargs: Any) -> None:
-        super().__init__(metadata={**_JWK_SET, **metadata}, **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> dict[str, Any]:
         if not isinstance(value, dict) or set(value) != {"keys"} or not isinstance(value["keys"], list):
@@ -305,36 +308,34 @@ class PublicKeys(fields.Field[dict[str, Any]]):
 
 
 def _public_jwk(jwk: Any) -> dict[str, Any]:
-    # RFC 7517 §9.2: a private or symmetric key has no business here. It is refused unread, for to read
-    # an RSA key without its primes is to look for them, which may take minutes.
+    # Private and symmetric keys (RFC 7517 §9.2) are refused before they are imported: the import of an
+    # RSA key without its primes searches for them, which may take minutes.
     if isinstance(jwk, dict) and (jwk.get("kty") == "oct" or "d" in jwk):
         raise ValidationError("Holds a private or symmetric key: send public keys only.")
     try:
         with warnings.catch_warnings(action="error"):  # joserfc only warns of short RSA keys
             key = import_key(jwk)
         parsed: dict[str, Any] = dict(key.as_dict())
-    except Exception:  # cryptography and joserfc raise many kinds for a bad key
+    except Exception:  # cryptography and joserfc raise many types for an invalid key
         raise ValidationError("Holds a key that cannot be read, or an RSA key under 2048 bits.") from None
     if (key.key_type, parsed.get("crv")) not in _ASSERTION_KEYS or parsed.get("use", "sig") != "sig":
         raise ValidationError("Keys must be for signatures: RSA, EC P-256 or OKP Ed25519.")
     if isinstance(key, RSAKey):
         _check_rsa(key)
-    # No more than verifying needs: an operator's own members may be as deep as JSON gets.
+    # Other members, which may be nested deeply, are dropped.
     return {name: parsed[name] for name in _JWK_MEMBERS if name in parsed}
 
 
 def _check_rsa(key: RSAKey) -> None:
     numbers = key.public_key.public_numbers()
-    # A product of odd primes is odd. RFC 8017 §3.1 lets the exponent be as long as the modulus, but then
-    # each check of a signature takes a hundred times as long.
+    # RFC 8017 §3.1 allows an exponent as long as the modulus, which takes 100 times as long to verify.
     if numbers.n.bit_length() not in _RSA_BITS or numbers.n % 2 == 0 or numbers.e >= 2**32:
         raise ValidationError("RSA keys must have 2048 to 6144 bits, odd ones, and an exponent under 2^32.")
 
 
 _Decorator = Callable[[Any], Any]
-FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 
-# Who may call: alternatives, each by the name of a security scheme.
+# The callers of an operation: alternatives, each the name of a security scheme.
 BY_OPERATOR: list[dict[str, list[str]]] = [{"adminToken": []}, {"adminBasic": []}, {"accessToken": ["admin"]}]
 BY_AGENT: list[dict[str, list[str]]] = [{"accessToken": []}]
 BY_CLIENT: list[dict[str, list[str]]] = [{"clientBasic": []}, {}]  # {}: the credentials are in the body
@@ -367,10 +368,7 @@ def rfc3339(moment: datetime) -> str:
 
 
 def cached_response(body: bytes, max_age: int, mimetype: str = "application/json") -> Response:
-    """Return a cacheable response with an ETag, or 304 to a client that has it.
-
-    :param max_age: seconds.
-    """
+    """Return a response with an ETag, cacheable for `max_age` seconds, or 304 to a client that has it."""
     response = Response(body, mimetype=mimetype)
     response.headers["Cache-Control"] = f"public, max-age={max_age}"
     response.set_etag(sha256(body).hexdigest()[:32])
@@ -380,18 +378,17 @@ def cached_response(body: bytes, max_age: int, mimetype: str = "application/json
 
 
 def doc(description: str, *examples: Any, **others: Any) -> dict[str, Any]:
-    """Keyword arguments that document a field: its description, examples, and other JSON Schema keywords."""
-    shown = {"examples": list(examples)} if examples else {}
-    return {"metadata": {"description": description, **shown, **others}}
+    """Return keyword arguments that document a field: description, examples, JSON Schema keywords."""
+    if examples:
+        others["examples"] = list(examples)
+    return {"metadata": {"description": description, **others}}
 
 
 class Error(Schema):
-    """The one shape of every error."""
+    """The shape of every error."""
 
     class Meta:
-        """Later versions may add fields."""
-
-        unknown = EXCLUDE
+        unknown = EXCLUDE  # later versions may add fields
 
     error = fields.String(required=True, **doc("A code for programs."))
     error_description = fields.String(required=True, **doc("A sentence for people: the problem, the remedy."))
@@ -413,7 +410,7 @@ def _unwrapped(decorator: _Decorator) -> _Decorator:
 class Blueprint(flask_smorest.Blueprint):
     """flask-smorest's blueprint with strict parsing, and with security and errors in its documentation.
 
-    :param security: who may call its routes; `@bp.doc(security=…)` says so of one route.
+    :param security: the callers of its routes; `@bp.doc(security=…)` sets those of one route.
     """
 
     ARGUMENTS_PARSER = Parser()
@@ -424,24 +421,21 @@ class Blueprint(flask_smorest.Blueprint):
         self._prepare_doc_cbks.append(self._prepare_security_doc)
 
     def errors(self, status: int, **examples: str) -> _Decorator:
-        """Document the error codes of a status, each with an example of its description.
-
-        Without examples: the codes that routes share. `_implied_errors` adds what follows from the route.
-        """
-        told = error_response(status, examples) if examples else {"response": HTTPStatus(status).name}
-        return self.alt_response(status, **told)
+        """Document the error codes of a status, each with an example; without examples the shared ones."""
+        response = error_response(status, examples) if examples else {"response": HTTPStatus(status).name}
+        return self.alt_response(status, **response)
 
     def form(self, body: type[Schema], response: type[Schema]) -> _Decorator:
-        """Document the form body and the response of a view that parses and serialises by itself."""
+        """Document the form and the response of a view that parses and serialises by itself."""
         text = {"description": "JSON is accepted too.", "content": {FORM: {"schema": body}}}
         return lambda view: self.doc(requestBody=text)(self.alt_response(200, schema=response)(view))
 
     def cached(self, schema: type[Schema] | dict[str, Any]) -> _Decorator:
         """Document a cacheable response with an ETag, and the 304 for a client that has it."""
         headers = {"ETag": "ETag", "Cache-Control": "Cache-Control"}
-        found = self.alt_response(200, schema=schema, headers=headers)
+        changed = self.alt_response(200, schema=schema, headers=headers)
         unchanged = self.alt_response(304, description="Not modified.", headers=headers)
-        return lambda view: self.doc(parameters=["IF_NONE_MATCH"])(found(unchanged(view)))
+        return lambda view: self.doc(parameters=["IF_NONE_MATCH"])(changed(unchanged(view)))
 
     def alt_response(self, *args: Any, **kwargs: Any) -> _Decorator:
         """Document a response as flask-smorest does, but leave the view unwrapped: it saves 6 µs a call."""

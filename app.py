@@ -1,4 +1,4 @@
-"""Lanyard: the application factory, the service routes, the one error shape; `python app.py` serves it."""
+"""The application factory, guards, headers, error handlers, `/` and `/health`; `python app.py` serves it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
-from flask import Flask, Response, current_app, g, jsonify, request
+from flask import Flask, Response, g, request
+from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
@@ -35,7 +36,7 @@ from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
 
-# Which check a request must pass, by blueprint; whoever is not here is open to anyone.
+# The guard of each blueprint; the others are open to anyone.
 GUARDS = {
     "agents": auth.require_operator,
     "me": auth.require_agent,
@@ -46,14 +47,13 @@ GUARDS = {
 }
 # Headers of every response that does not set them itself.
 HEADERS = {
-    # RFC 6749 §5.1 for tokens; agents and secrets are nobody's to keep either.
+    # RFC 6749 §5.1, and for agents and secrets too.
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    # JSON opened in a browser loads nothing and is framed by nobody.
+    # For JSON that is opened in a browser.
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
-_HSTS = "max-age=31536000"  # RFC 6797 §7.2: over TLS only
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-Id",
@@ -61,9 +61,9 @@ _PREFLIGHT = {
 }
 _EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
-service = Blueprint("service", __name__, description="Service")
+bp = Blueprint("service", __name__, description="Service")
 
-# RFC 6749 names the OAuth codes; these are for what HTTP itself refuses.
+# The errors of HTTP itself.
 _HTTP_ERRORS = {
     404: ("not_found", "There is nothing at this address."),
     405: ("method_not_allowed", "This address does not answer this method."),
@@ -73,26 +73,26 @@ _HTTP_ERRORS = {
 
 
 def create_app(settings: Settings | None = None, *, serving: bool = False) -> Flask:
-    """The WSGI app. On its first start it makes the database, the signing key and the admin token.
+    """Return the WSGI app. Its first start makes the database, the signing key and the admin token.
 
-    :param serving: a server starts. A command, which may be run without the server's environment,
-        makes no database and does not change what the server signs with.
-    :raises SettingError: when an environment variable will not do.
+    :param serving: whether a server starts. A command, which may lack the server's environment, makes no
+        database and does not change the signing key.
+    :raises SettingError: when a setting is invalid or does not match the database.
     """
     settings = settings or Settings.from_env()
     app = Flask(__name__, static_folder=None, instance_path=str(settings.instance))
-    app.config.update(
-        MAX_CONTENT_LENGTH=MAX_BODY + 1,
-        PROVIDE_AUTOMATIC_OPTIONS=False,
-    )
+    app.config.update(MAX_CONTENT_LENGTH=MAX_BODY + 1, PROVIDE_AUTOMATIC_OPTIONS=False)
     config.init_app(app, settings)
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.url_map.merge_slashes = False  # a redirect would answer HTML
-    # First of all: a request that local mode refuses has an id too, and a line in the log.
-    metrics.init_app(app)
+    app.url_map.merge_slashes = False  # its redirects are HTML
+    metrics.init_app(app)  # first: it starts the clock of each request
+    # Before local mode may refuse a request, which has an id and a log line too.
     access_log.init_app(app, settings)
     events.init_app(app)
-    _init_headers(app, settings)
+    app.after_request(_add_headers)
+    if settings.cors_origins:
+        app.before_request(_answer_preflight)
+        app.after_request(_allow_origin)
     app.before_request(read_body)
     credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
@@ -114,10 +114,8 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         prepare = partial(_prepare_database, settings, serving)
         database.init_database(app, settings, serving=serving, prepare=prepare)
         auth.init_app(app, settings, serving=serving)
-    except DecryptionError as error:
-        raise SettingError(f"{error}.") from None
-    except postgresql.EncodingError as error:
-        raise SettingError(str(error)) from None
+    except (DecryptionError, postgresql.EncodingError) as error:
+        raise SettingError(f"{str(error).rstrip('.')}.") from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -126,25 +124,21 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
 
 
 def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None:
-    """Bring the schema up to date, make the first key, encrypt what must be."""
+    """Migrate the schema, make the first signing key, encrypt stored secrets with the newest key."""
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     with database.writing() as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
         outdated = database.check_encryption(connection)
-        # Another server that runs may lack the key that secrets would be encrypted with.
+        # A second running server may lack the newest encryption key.
         if is_first and database.encrypt_again(connection):
-            log.warning(
-                "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
-            )
+            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: nothing starts without it.")
         elif serving and not is_first and outdated:
-            log.warning(
-                "Another server runs: secrets stay encrypted as they are, until one is started alone."
-            )
+            log.warning("Another server runs: secrets are encrypted anew once a server starts alone.")
 
 
-# RFC 9110 §4.2.3: no path is this one; werkzeug alone would redirect it, in HTML.
-@service.get("/", strict_slashes=False)
-@service.response(200, schemas.About)
+# An empty path is this one (RFC 9110 §4.2.3); werkzeug would redirect it, in HTML.
+@bp.get("/", strict_slashes=False)
+@bp.response(200, schemas.About)
 def about() -> dict[str, Any]:
     """Get the name, the version and the paths."""
     return {
@@ -167,70 +161,56 @@ def about() -> dict[str, Any]:
     }
 
 
-@service.get("/health")
-@service.response(200, schemas.Status)
+@bp.get("/health")
+@bp.response(200, schemas.Status)
 def health() -> dict[str, str]:
     """Answer 200 while the process lives."""
     return {"status": "ok"}
 
 
-@service.get("/health/ready")
-@service.response(200, schemas.Status)
-@service.errors(503)
+@bp.get("/health/ready")
+@bp.response(200, schemas.Status)
+@bp.errors(503)
 def ready() -> dict[str, str]:
     """Answer 200 when the database gives a write lock and there is a signing key."""
     with database.writing(durable=False) as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
         if newest is None:
-            headers = {"Retry-After": "1"}
-            raise Problem(503, "temporarily_unavailable", "There is no signing key.", headers=headers)
+            raise _unavailable("There is no signing key.", 1)
         keys.signing_key(newest)
     return {"status": "ready"}
 
 
-@service.get("/openapi.json", endpoint="openapi")
-@service.cached({"type": "object"})
+@bp.get("/openapi.json", endpoint="openapi")
+@bp.cached({"type": "object"})
 def openapi_document() -> Response:
     """Get this document."""
     return cached_response(openapi.document(config.settings()), openapi.MAX_AGE)
 
 
 def _guard() -> None:
-    """Run the check of the request's blueprint; `g.guard` runs it again, under a write lock."""
-    guard = GUARDS.get(request.blueprint or "")
-    if guard is not None:
+    """Run the guard of the request's blueprint; routes may repeat it under a write lock as `g.guard`."""
+    if guard := GUARDS.get(request.blueprint or ""):
         g.guard = guard
         guard()
 
 
-def _init_headers(app: Flask, settings: Settings) -> None:
-    """Add headers to every response, and CORS for the origins that the settings name."""
-    app.after_request(_add_headers)
-    if settings.cors_origins:
-        app.before_request(_answer_preflight)
-        app.after_request(_allow_origin)
-
-
 def _add_headers(response: Response) -> Response:
-    headers = response.headers
     for name, value in HEADERS.items():
-        headers.setdefault(name, value)
-    if request.is_secure:
-        headers.setdefault("Strict-Transport-Security", _HSTS)
+        response.headers.setdefault(name, value)
+    if request.is_secure:  # RFC 6797 §7.2
+        response.headers.setdefault("Strict-Transport-Security", "max-age=31536000")
     return response
 
 
 def _answer_preflight() -> Response | None:
-    """What a browser asks before a page of another site may send its request (Fetch §4.8)."""
-    asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-    if not asks or not _is_allowed_origin():
-        return None
-    response: Response = current_app.response_class(status=204, headers=_PREFLIGHT)
-    return response
+    """Answer a CORS preflight request from an allowed origin (Fetch §4.8)."""
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    return Response(status=204, headers=_PREFLIGHT) if is_preflight and _is_allowed_origin() else None
 
 
 def _allow_origin(response: Response) -> Response:
-    # An answer to one origin, or to none, must not be a cache's answer to another.
+    # A cache must not reuse a response to one origin for another.
     response.vary.add("Origin")
     if _is_allowed_origin():
         response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
@@ -239,17 +219,15 @@ def _allow_origin(response: Response) -> Response:
 
 
 def _is_allowed_origin() -> bool:
-    # Never Access-Control-Allow-Credentials: a page shows a token it holds, no cookie or kept password.
+    # Never Access-Control-Allow-Credentials: pages send tokens, not cookies or stored passwords.
     return request.headers.get("Origin") in config.settings().cors_origins
 
 
 def _register_routes(app: Flask) -> None:
     # In the order of the OpenAPI document.
-    for blueprint in (oauth.blueprint, agents.management, agents.self_service, webhooks.bp):
+    management = (agents.management, agents.self_service, webhooks.bp, keys.bp, events.bp)
+    for blueprint in (oauth.bp, *management, oauth.well_known_bp, bp, metrics.bp, docs.bp):
         app.register_blueprint(blueprint)
-    for blueprint in (keys.bp, events.bp, oauth.well_known, service, metrics.bp):
-        app.register_blueprint(blueprint)
-    app.register_blueprint(docs.bp)
 
 
 def _register_error_handlers(app: Flask) -> None:
@@ -262,44 +240,43 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(Exception, _answer_crash)
 
 
-def _answer_problem(problem: Problem) -> Response:
-    response = jsonify(problem.body)
-    response.status_code = problem.status
-    response.headers.extend(problem.headers)
-    return response
+def _answer_problem(problem: Problem) -> ResponseReturnValue:
+    return problem.body, problem.status, problem.headers
 
 
-def _answer_oauth_error(error: OAuth2Error) -> Response:
-    description = error.get_error_description()
-    told = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-    return _answer_problem(Problem(error.status_code, error.error, description, headers=told))
+def _answer_oauth_error(error: OAuth2Error) -> ResponseReturnValue:
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    body = {"error": error.error, "error_description": error.get_error_description()}
+    return body, error.status_code, headers
 
 
-def _answer_http_error(error: HTTPException) -> Response:
-    code = error.code or 500
-    name, text = _HTTP_ERRORS.get(code, ("invalid_request", "The request cannot be understood."))
-    told = {key: value for key, value in error.get_headers() if key == "Allow"}
-    return _answer_problem(Problem(code, name, text, headers=told))
+def _answer_http_error(error: HTTPException) -> ResponseReturnValue:
+    status = error.code or 500
+    code, text = _HTTP_ERRORS.get(status, ("invalid_request", "The request cannot be understood."))
+    headers = {name: value for name, value in error.get_headers() if name == "Allow"}
+    return _answer_problem(Problem(status, code, text, headers=headers))
 
 
-def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> Response:
+def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> ResponseReturnValue:
     if not database.is_transient(error):
         return _answer_crash(error)
     log.error("The database does not answer: %s.", database.error_text(error))
-    text = "The database does not answer just now. Try again shortly."
-    return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "1"}))
+    return _answer_problem(_unavailable("The database does not answer just now. Try again shortly.", 1))
 
 
-def _answer_decryption_error(error: DecryptionError) -> Response:
-    """Another server has encrypted a secret with a key that this one lacks."""
+def _answer_decryption_error(error: DecryptionError) -> ResponseReturnValue:
+    # A second server has encrypted a secret with a key that this one lacks.
     log.error("%s.", error)
-    text = "This server is not set up to answer. Its log says why."
-    return _answer_problem(Problem(503, "temporarily_unavailable", text, headers={"Retry-After": "60"}))
+    return _answer_problem(_unavailable("This server is not set up to answer. Its log says why.", 60))
 
 
-def _answer_crash(error: Exception) -> Response:
+def _answer_crash(error: Exception) -> ResponseReturnValue:
     log.error("A request crashed.", exc_info=error)
     return _answer_problem(Problem(500, "server_error", "Lanyard failed to answer. Its log says why."))
+
+
+def _unavailable(text: str, seconds: int) -> Problem:
+    return Problem(503, "temporarily_unavailable", text, headers={"Retry-After": str(seconds)})
 
 
 if __name__ == "__main__":

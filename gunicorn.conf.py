@@ -1,6 +1,6 @@
 """gunicorn's configuration. It reads the same LANYARD_* settings as the app."""
 
-# Before every other import: what is imported later waits without blocking the worker's other requests.
+# Before every other import: modules imported earlier would block the worker's other requests.
 from gevent import monkey
 
 monkey.patch_all()
@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from ops import metrics_files
 
-metrics_files.share()  # before anything is imported that makes a metric
+metrics_files.share()  # before the import of modules that make metrics
 
 import auth
 from config import SettingError, Settings, unknown_names
@@ -35,10 +35,10 @@ bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{sett
 workers = settings.workers
 worker_class = "gevent"
 worker_connections = 5_000  # of each worker, 15 to 40 kB each
-# Seconds that a connection may be idle, and that a request's head may take. Longer than proxies and clients
-# keep theirs (nginx 60, Go 90): on a connection that the server closes first, a request fails now and then.
+# Seconds that a connection may be idle, and that a request's head may take. Longer than in proxies and
+# clients (nginx 60, Go 90): a request fails if the server closes the connection at the same moment.
 keepalive = 95
-# Seconds for a request's body, its work and the client's reading of the response.
+# Seconds for a request from its head to the last byte of the response.
 REQUEST_TIMEOUT = 60
 # Build the app once, before the fork: workers share its memory and start at once.
 preload_app = True
@@ -53,13 +53,13 @@ loglevel = "warning"
 # For --access-logfile: no path, query, referer or user name, which may hold a credential by mistake.
 # LANYARD_ACCESS_LOG logs routes and callers.
 access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
-# gunicorn quotes what it cannot parse, which may hold a credential too.
+# gunicorn quotes malformed requests, which may hold a credential too.
 _QUOTING = ("Invalid request from ip=", "Ignored premature client disconnection.")
 logging.getLogger("gunicorn.error").addFilter(lambda record: not record.getMessage().startswith(_QUOTING))
 
 
 def on_starting(server: Any) -> None:
-    """Raise the limit of open files; refuse a taken address, and one that local mode must not bind."""
+    """Raise the limit of open files; exit if an address is in use, or not 127.0.0.1 in local mode."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     addresses = server.cfg.address
@@ -71,13 +71,11 @@ def on_starting(server: Any) -> None:
     # A server that inherits open sockets (USR2, socket activation) binds nothing.
     if not {"GUNICORN_FD", "LISTEN_FDS"} & set(os.environ):
         for address in addresses:
-            _check_free(address)
+            if isinstance(address, tuple):
+                _check_free(*address[:2])
 
 
-def _check_free(address: Any) -> None:
-    if not isinstance(address, tuple):
-        return
-    host, port = address[:2]
+def _check_free(host: str, port: int) -> None:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,7 +91,7 @@ def _check_free(address: Any) -> None:
 
 def when_ready(server: Any) -> None:
     """Print where the server listens, who may manage agents, and a first command to try."""
-    # Exempt the app from garbage collection, which would make each worker copy the pages it looks at.
+    # Exempt the app from garbage collection, whose marks would make each worker copy the shared memory.
     gc.collect()
     gc.freeze()
     url = ", ".join(str(socket) for socket in server.LISTENERS)
@@ -105,7 +103,7 @@ def when_ready(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Start the worker's webhook delivery; among all workers one delivers, the others stand by."""
+    """Start the worker's webhook delivery; one worker delivers at a time, the others stand by."""
     worker.in_progress = 0
     gevent.spawn(_exit_when_idle, worker)
     if "LANYARD" not in worker.app.wsgi().config:
@@ -122,7 +120,7 @@ def pre_request(worker: Any, request: Any) -> None:
 
 
 def post_request(worker: Any, request: Any, environ: Any, response: Any) -> None:
-    """Yield, so that a busy connection does not keep the worker to itself."""
+    """Yield: a connection with many pipelined requests would block the worker's other connections."""
     worker.in_progress -= 1
     request.timeout.close()
     # Not 0: gevent would look for data on the other connections after 50 such sleeps only.
@@ -130,7 +128,7 @@ def post_request(worker: Any, request: Any, environ: Any, response: Any) -> None
 
 
 def _exit_when_idle(worker: Any) -> None:
-    """Exit soon after SIGTERM: gunicorn would wait for idle connections until it kills the worker."""
+    """Exit soon after SIGTERM: gunicorn would wait for idle connections until `graceful_timeout`."""
     while worker.alive:
         gevent.sleep(0.1)
     # gunicorn closes its listeners within a second, and a client whose request began before that may send its

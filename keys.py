@@ -215,7 +215,7 @@ def list_signing_keys() -> dict[str, Any]:
 
 @bp.post("/rotate")
 @bp.arguments(schemas.KeyRotation)
-@bp.response(200, schemas.KeyAnswer)
+@bp.response(200, schemas.KeyResponse)
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
     """Make a new signing key.
 

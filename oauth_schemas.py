@@ -1,7 +1,4 @@
-"""The bodies of the OAuth endpoints and of the discovery documents as Marshmallow schemas.
-
-Authlib reads and writes the OAuth bodies: these schemas document them, and tests/test_openapi.py compares.
-"""
+"""The bodies of the OAuth endpoints and the discovery documents, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from marshmallow import EXCLUDE, Schema, fields
 from marshmallow.validate import Equal, Length, OneOf
 
 from api import doc
-from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Answer
+from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Response
 
 _ISSUER = "https://id.example.com"
 _ACCESS_TOKEN = "eyJhbGciOiJSUzI1NiIsInR5cCI6ImF0K2p3dCJ9.EXAMPLE.EXAMPLE"
@@ -21,7 +18,7 @@ _STRING = {"type": "string"}
 
 
 def _parameter(description: str) -> fields.String:
-    # The empty example keeps Swagger UI from filling its form with "string"; empty counts as left out.
+    # Without an example Swagger UI fills its form with "string". Empty counts as left out.
     return fields.String(**doc(description, ""))
 
 
@@ -29,8 +26,6 @@ class Parameters(Schema):
     """The parameters of every OAuth endpoint. Unknown ones are ignored (RFC 6749 §3.2)."""
 
     class Meta:
-        """As RFC 6749 says."""
-
         unknown = EXCLUDE
 
     client_id = _parameter("The agent's client id, unless it is in the header.")
@@ -74,7 +69,7 @@ class RefreshRequest(_Grant):
     refresh_token = fields.String(required=True, validate=Length(min=1), **doc("The token.", _REFRESH_TOKEN))
 
 
-class TokenQuestion(Parameters):
+class TokenParameter(Parameters):
     """A token to introspect or to revoke."""
 
     examples = {
@@ -86,7 +81,7 @@ class TokenQuestion(Parameters):
     token_type_hint = _parameter("Accepted and not needed.")
 
 
-class Token(Answer):
+class Token(Response):
     """The new tokens (RFC 6749 §5.1)."""
 
     access_token = fields.String(**doc("A JWT (RFC 9068) to send as `Authorization: Bearer`.", _ACCESS_TOKEN))
@@ -96,7 +91,7 @@ class Token(Answer):
     refresh_token = fields.String(**doc("Valid once; its use returns the next one.", _REFRESH_TOKEN))
 
 
-class Introspected(Answer):
+class Introspected(Response):
     """The state of a token (RFC 7662 §2.2). An invalid token has `active`: false and nothing else."""
 
     active = fields.Boolean(**doc("Whether the token is valid now.", True))
@@ -108,15 +103,17 @@ class Introspected(Answer):
     exp = fields.Integer(**doc("When it expires, in seconds since 1970.", 1780318800, optional=True))
     iat = fields.Integer(**doc("When it was issued, in seconds since 1970.", 1780315200, optional=True))
     jti = fields.String(**doc("The token's id.", "EXAMPLEexample00.EXAMPLEexampleEXAMPLE0", optional=True))
-    token_type = fields.String(validate=OneOf(["Bearer", "refresh_token"]), **doc("The kind.", optional=True))
+    token_type = fields.String(
+        validate=OneOf(["Bearer", "refresh_token"]), **doc("The type of token.", optional=True)
+    )
     agent_id = fields.String(**doc("The agent's id.", AGENT_ID, optional=True))
 
 
-class Revoked(Answer):
-    """Nothing: the token is revoked or unknown."""
+class Revoked(Response):
+    """Empty: the token is revoked or unknown."""
 
 
-class PublicKey(Answer):
+class PublicKey(Response):
     """A public key as a JWK (RFC 7517). Its members depend on `kty`."""
 
     kty = fields.String(**doc("The key type.", JWK["kty"]))
@@ -130,17 +127,16 @@ class PublicKey(Answer):
     y = fields.String(**doc("The y coordinate.", JWK["y"], optional=True))
 
 
-class KeySet(Answer):
+class KeySet(Response):
     """The public keys of access tokens, past and next ones included."""
 
     keys = fields.List(fields.Nested(PublicKey))
 
 
-def _strings() -> fields.List[str]:
-    return fields.List(fields.String())
+_STRINGS = fields.List(fields.String())
 
 
-class ServerMetadata(Answer):
+class ServerMetadata(Response):
     """What the authorization server offers (RFC 8414 §2)."""
 
     issuer = fields.String()
@@ -149,22 +145,22 @@ class ServerMetadata(Answer):
     jwks_uri = fields.String()
     introspection_endpoint = fields.String()
     revocation_endpoint = fields.String()
-    response_types_supported = _strings()
-    grant_types_supported = _strings()
-    token_endpoint_auth_methods_supported = _strings()
-    token_endpoint_auth_signing_alg_values_supported = _strings()
-    introspection_endpoint_auth_methods_supported = _strings()
-    introspection_endpoint_auth_signing_alg_values_supported = _strings()
-    revocation_endpoint_auth_methods_supported = _strings()
-    revocation_endpoint_auth_signing_alg_values_supported = _strings()
+    response_types_supported = _STRINGS
+    grant_types_supported = _STRINGS
+    token_endpoint_auth_methods_supported = _STRINGS
+    token_endpoint_auth_signing_alg_values_supported = _STRINGS
+    introspection_endpoint_auth_methods_supported = _STRINGS
+    introspection_endpoint_auth_signing_alg_values_supported = _STRINGS
+    revocation_endpoint_auth_methods_supported = _STRINGS
+    revocation_endpoint_auth_signing_alg_values_supported = _STRINGS
 
 
-class ResourceMetadata(Answer):
+class ResourceMetadata(Response):
     """The authorization server of Lanyard's own API (RFC 9728 §2)."""
 
     resource = fields.String()
     resource_name = fields.String()
-    authorization_servers = _strings()
+    authorization_servers = _STRINGS
     jwks_uri = fields.String()
-    scopes_supported = _strings()
-    bearer_methods_supported = _strings()
+    scopes_supported = _STRINGS
+    bearer_methods_supported = _STRINGS

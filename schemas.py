@@ -1,7 +1,6 @@
-"""Every body, query and response but OAuth's as a Marshmallow schema, with descriptions and examples.
+"""The bodies, queries and responses of the API as Marshmallow schemas, with descriptions and examples.
 
-A body's `examples` are whole bodies by name. Its `rules` are JSON Schema for checks over several fields.
-The secrets are not real.
+`examples` are whole bodies by name, `rules` the JSON Schema of checks over several fields.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from api import Flag, PublicKeys, Text, Timestamp, Whole, audience, doc, no_repeats, scope
+from api import PublicKeys, StrictBoolean, StrictInteger, Text, Timestamp, audience, doc, no_repeats, scope
 from config import DAY, VERSION
 from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
 
@@ -25,7 +24,6 @@ AGENT_ID = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
 _EVENT_ID = "evt_EXAMPLEexampleEXAMPLE00"
 CLIENT_ID = "cid_EXAMPLEexampleEXAMPLE00"
 CLIENT_SECRET = "cs_EXAMPLE0-no-real-secret-only-the-length-of-one-here-00000"
-_WEBHOOK_SECRET = "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000"
 _AUDIENCE = "https://reports.example.com"
 _HOOK = "https://hooks.example.com/lanyard"
 _TIME, _LATER = "2026-06-01T12:00:00Z", "2026-08-30T12:00:00Z"
@@ -49,7 +47,13 @@ _TOKEN_TTL = doc("Lifetime of an access token in seconds. Null: the server's def
 _RATE_LIMIT = doc("Tokens the agent may get per minute. Null: no limit.", None)
 _AUTH_METHOD = doc("How it authenticates. With `private_key_jwt` it has no secret.", "client_secret_basic")
 _EXPIRES_IN = doc("Seconds until it expires. Null: never.", 7_776_000)
-_JWKS = doc("Its public keys (RFC 7517 §5): RSA to 6144 bits, P-256 or Ed25519.", {"keys": [JWK]})
+_JWKS = doc(
+    "Its public keys (RFC 7517 §5): RSA to 6144 bits, P-256 or Ed25519.",
+    {"keys": [JWK]},
+    required=["keys"],
+    properties={"keys": {"type": "array", "minItems": 1, "maxItems": 8, "items": {"type": "object"}}},
+    additionalProperties=False,
+)
 _GRACE_PERIOD = doc("Seconds that the old secret still works.", 3600)
 _REVOKE_TOKENS = doc("Revoke all tokens of the agent, after a leak.", False)
 _STALE_DAYS = doc("Only agents without activity for so many days.")
@@ -57,7 +61,7 @@ _SEARCH = doc("Text in name, description or owner; or a client id, or its start:
 _ID = doc("The id. It never changes.", AGENT_ID)
 _CREATED_AT = doc("When it was created.", _TIME)
 _UPDATED_AT = doc("When it was last changed.", _TIME)
-_NEXT = doc("The `after` of the next page. Null: this is the last page.", None)
+_NEXT = fields.String(allow_none=True, **doc("The `after` of the next page. Null: the last page.", None))
 _CLIENT_ID = doc("The agent's public name at the token endpoint.", CLIENT_ID)
 _TOKEN_COUNT = doc("Tokens issued for the agent's credentials.", 12)
 _REFRESH_COUNT = doc("Tokens issued for a refresh token.", 3)
@@ -65,23 +69,25 @@ _ACTIVE_AT = doc("When the agent last got a token or changed itself.", _TIME)
 _TOKEN_AT = doc("When the agent last got a token.", _TIME)
 
 
+class _Update(Schema):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(partial=True, **options)
+
+
 class AgentFields(Schema):
     """The fields of an agent that an operator sets."""
 
-    name = Text(max=128, **_NAME)
+    name = Text(max=128, required=True, **_NAME)
     description = Text(min=0, max=1024, lines=True, allow_none=True, **_DESCRIPTION)
     owner = Text(min=0, max=256, allow_none=True, **_OWNER)
     scopes = fields.List(scope(), validate=[Length(max=64), no_repeats], **_SCOPES)
     audiences = fields.List(audience(), validate=[Length(max=16), no_repeats], **_AUDIENCES)
     metadata = fields.Dict(
-        keys=Text(max=64),
-        values=Text(min=0, max=512, lines=True),
-        validate=Length(max=32),
-        **_METADATA,
+        keys=Text(max=64), values=Text(min=0, max=512, lines=True), validate=Length(max=32), **_METADATA
     )
-    token_ttl = Whole(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
-    rate_limit = Whole(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
-    expires_in = Whole(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
+    token_ttl = StrictInteger(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
+    rate_limit = StrictInteger(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
+    expires_in = StrictInteger(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
     jwks = PublicKeys(allow_none=True, **_JWKS)
 
 
@@ -106,7 +112,6 @@ class AgentCreate(AgentFields):
         "then": {"required": ["jwks"], "properties": {"jwks": {"type": "object"}}},
     }
 
-    name = Text(max=128, required=True, **_NAME)
     token_endpoint_auth_method = fields.String(
         load_default="client_secret_basic",
         validate=OneOf(["client_secret_basic", "client_secret_post", "private_key_jwt"]),
@@ -119,7 +124,7 @@ class AgentCreate(AgentFields):
             raise ValidationError("private_key_jwt needs the agent's public keys.", "jwks")
 
 
-class AgentUpdate(AgentFields):
+class AgentUpdate(_Update, AgentFields):
     """Changes to an agent. Fields left out stay as they are."""
 
     examples = {
@@ -155,12 +160,10 @@ class EventQuery(PageQuery):
     """`GET /api/events`: filters."""
 
     agent_id = Text(min=0, max=36, load_default=None, **doc("Only events of this agent."))
-    type = fields.String(
-        load_default=None, validate=_EVENT_NAMES, **doc("Only events of this type or group.")
-    )
+    type = fields.String(load_default=None, validate=_EVENT_NAMES, **doc("Only this type or group."))
 
 
-class Nothing(Schema):
+class Empty(Schema):
     """An empty or absent body."""
 
     examples: Mapping[str, Any] = {"Empty": {}}
@@ -175,8 +178,8 @@ class Rotate(Schema):
         "After a leak": {"revoke_tokens": True},
     }
 
-    grace_period = Whole(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
-    revoke_tokens = Flag(load_default=False, **_REVOKE_TOKENS)
+    grace_period = StrictInteger(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = StrictBoolean(load_default=False, **_REVOKE_TOKENS)
 
 
 class Action(Schema):
@@ -192,8 +195,8 @@ class Action(Schema):
     }
 
     action = fields.String(required=True, validate=OneOf(["rotate", "deactivate", "reactivate"]))
-    grace_period = Whole(validate=Range(0, DAY), **_GRACE_PERIOD)
-    revoke_tokens = Flag(**_REVOKE_TOKENS)
+    grace_period = StrictInteger(validate=Range(0, DAY), **_GRACE_PERIOD)
+    revoke_tokens = StrictBoolean(**_REVOKE_TOKENS)
 
     @validates_schema
     def _only_rotate_has_options(self, data: Mapping[str, Any], **kwargs: Any) -> None:
@@ -202,20 +205,18 @@ class Action(Schema):
                 raise ValidationError("Only rotate takes this.", name)
 
 
-class Answer(Schema):
+class Response(Schema):
     """A response. Every field is always present, unless its metadata says `optional`."""
 
     class Meta:
-        """Later versions may add fields."""
-
-        unknown = EXCLUDE
+        unknown = EXCLUDE  # later versions may add fields
 
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        """Marshmallow's hook. `required` has no effect on the output: it is for the document."""
+        # For the document: Marshmallow ignores `required` in output.
         field_obj.required = not field_obj.metadata.get("optional")
 
 
-class Agent(Answer):
+class Agent(Response):
     """An agent, without its secrets."""
 
     id = fields.String(**_ID)
@@ -226,7 +227,7 @@ class Agent(Answer):
     scopes = fields.List(fields.String(), **_SCOPES)
     audiences = fields.List(fields.String(), **_AUDIENCES)
     metadata = fields.Dict(values=fields.String(), **_METADATA)
-    # An agent past its time is treated as deactivated, so that is what it looks like.
+    # An expired agent is treated as deactivated.
     is_active = fields.Function(
         lambda agent: is_live(agent, now()),
         **doc("False while it is deactivated or expired.", True, type="boolean", readOnly=False),
@@ -243,63 +244,45 @@ class Agent(Answer):
     last_token_issued_at = Timestamp(allow_none=True, **_TOKEN_AT)
 
 
-class AgentAnswer(Answer):
-    """One agent."""
-
-    agent = fields.Nested(Agent)
-
-
-class AgentCreated(AgentAnswer):
+class AgentCreated(Response):
     """The new agent and its client secret, shown once. An agent with keys has none."""
 
+    agent = fields.Nested(Agent)
     client_id = fields.String(**_CLIENT_ID)
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET, optional=True))
 
 
-class AgentPage(Answer):
-    """A page of agents, newest first."""
-
-    agents = fields.List(fields.Nested(Agent))
-    next = fields.String(allow_none=True, **_NEXT)
-
-
-class AgentDeactivated(AgentAnswer):
+class AgentDeactivated(Response):
     """The deactivated agent."""
 
     message = fields.String(**doc("A sentence for people.", "This agent is deactivated."))
     agent = fields.Nested(Agent)
 
 
-class Rotated(Answer):
+class Rotated(Response):
     """The new client secret, shown once."""
 
     client_secret = fields.String(**doc("The secret, shown once.", CLIENT_SECRET))
 
 
-class Secret(Answer):
+class Secret(Response):
     """A client secret, without its text."""
 
     id = fields.String(**_ID)
-    hint = fields.String(**doc("The eight characters after `cs_`, to tell secrets apart.", "EXAMPLE0"))
+    hint = fields.String(**doc("The eight characters after `cs_`.", "EXAMPLE0"))
     created_at = Timestamp(**_CREATED_AT)
     expires_at = Timestamp(allow_none=True, **doc("When it stops working. Null: never.", None))
     last_used_at = Timestamp(allow_none=True, **doc("When it last got a token.", _TIME))
 
 
-class Secrets(Answer):
-    """The live secrets of an agent, newest first."""
-
-    secrets = fields.List(fields.Nested(Secret))
-
-
-class RotationRecord(Answer):
+class RotationRecord(Response):
     """A rotation of the client secret."""
 
     rotated_at = Timestamp(**doc("When it was rotated.", _TIME))
     rotated_by = fields.String(validate=OneOf(["self", "admin"]), **doc("The agent or an operator.", "self"))
 
 
-class DailyUsage(Answer):
+class DailyUsage(Response):
     """An agent's tokens of one day (UTC)."""
 
     date = fields.Date(attribute="day", **doc("The day.", "2026-06-01"))
@@ -307,7 +290,7 @@ class DailyUsage(Answer):
     tokens_refreshed = fields.Integer(**doc("Tokens issued for a refresh token.", 2))
 
 
-class Event(Answer):
+class Event(Response):
     """An entry of the audit log."""
 
     id = fields.String(**doc("The event's id.", _EVENT_ID))
@@ -319,55 +302,40 @@ class Event(Answer):
     data = fields.Dict(**doc("Details of the event type. Never a secret.", _EVENT_DATA))
 
 
-class EventPage(Answer):
-    """A page of events, newest first."""
-
-    events = fields.List(fields.Nested(Event))
-    next = fields.String(allow_none=True, **_NEXT)
-
-
 _SUBSCRIPTIONS = doc("Event types, or groups such as `agent.*`. `*` is every event.", _SUBSCRIBED)
+_SIGNING_SECRET = doc("The secret.", "whsec_EXAMPLEnoRealSecretOnlyItsLengthHere0000000000")
 _HOOK_NAME = doc("The display name.", "audit")
+_HOOK_URL = doc(
+    "Where events are sent: https and a public address, unless the server allows others.",
+    _HOOK,
+    format="uri",
+    pattern=r"^https?://[!$-;=?-\[\]_a-z~]+$",  # for the document: ssrf.parse checks more
+)
 _MAX_RETRIES = doc("How often a failed delivery is retried.", 9)
 
 
-def _subscriptions(**options: Any) -> fields.List[str]:
-    known = fields.String(validate=_EVENT_NAMES)
-    return fields.List(known, validate=[Length(min=1, max=32), no_repeats], **_SUBSCRIPTIONS, **options)
-
-
-def _url(**options: Any) -> Text:
-    # wall.parse checks more: the pattern is for the document.
-    text = "Where events are sent: https and a public address, unless the server allows others."
-    pattern = r"^https?://[!$-;=?-\[\]_a-z~]+$"
-    return Text(max=2048, **doc(text, _HOOK, format="uri", pattern=pattern), **options)
-
-
-class WebhookFields(Schema):
-    """The fields of a webhook that an operator sets."""
-
-    name = Text(max=128, **_HOOK_NAME)
-    url = _url()
-    events = _subscriptions()
-    max_retries = Whole(validate=Range(0, 9), **_MAX_RETRIES)
-
-
-class WebhookCreate(WebhookFields):
+class WebhookCreate(Schema):
     """A new webhook."""
 
-    examples = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
+    examples: Mapping[str, Any] = {"Some events": {"name": "audit", "url": _HOOK, "events": _SUBSCRIBED}}
 
     name = Text(max=128, required=True, **_HOOK_NAME)
-    url = _url(required=True)
-    events = _subscriptions(required=True)
+    url = Text(max=2048, required=True, **_HOOK_URL)
+    events = fields.List(
+        fields.String(validate=_EVENT_NAMES),
+        required=True,
+        validate=[Length(1, 32), no_repeats],
+        **_SUBSCRIPTIONS,
+    )
+    max_retries = StrictInteger(validate=Range(0, 9), **_MAX_RETRIES)
 
 
-class WebhookUpdate(WebhookFields):
+class WebhookUpdate(_Update, WebhookCreate):
     """Changes to a webhook. Fields left out stay as they are."""
 
     examples = {"Switch on": {"is_active": True}}
 
-    is_active = Flag(**doc("True switches on a webhook that was switched off.", True))
+    is_active = StrictBoolean(**doc("True switches on a webhook that was switched off.", True))
 
 
 class WebhookRotate(Schema):
@@ -375,12 +343,12 @@ class WebhookRotate(Schema):
 
     examples = {"At once": {"grace_period": 0}}
 
-    grace_period = Whole(
+    grace_period = StrictInteger(
         load_default=DAY, validate=Range(0, 7 * DAY), **doc("Seconds that both secrets sign.")
     )
 
 
-class Webhook(Answer):
+class Webhook(Response):
     """A webhook, without its secret."""
 
     id = fields.String(**_ID)
@@ -394,26 +362,17 @@ class Webhook(Answer):
     updated_at = Timestamp(**_UPDATED_AT)
 
 
-class WebhookAnswer(Answer):
-    """One webhook."""
-
-    webhook = fields.Nested(Webhook)
-
-
-class WebhookSecret(Answer):
+class WebhookSecret(Response):
     """The signing secret, shown once."""
 
-    secret = fields.String(**doc("The secret (Standard Webhooks).", _WEBHOOK_SECRET))
+    secret = fields.String(**_SIGNING_SECRET)
 
 
-class WebhookCreated(WebhookAnswer, WebhookSecret):
+class WebhookCreated(Response):
     """The new webhook and its signing secret, shown once."""
 
-
-class WebhookList(Answer):
-    """All webhooks, newest first."""
-
-    webhooks = fields.List(fields.Nested(Webhook))
+    webhook = fields.Nested(Webhook)
+    secret = fields.String(**_SIGNING_SECRET)
 
 
 class DeliveryQuery(PageQuery):
@@ -422,7 +381,7 @@ class DeliveryQuery(PageQuery):
     status = fields.String(load_default=None, validate=_STATES, **doc("Only deliveries in this state."))
 
 
-class Delivery(Answer):
+class Delivery(Response):
     """The delivery of an event to a webhook, with the result of the last attempt."""
 
     id = fields.String(attribute="pk", **doc("The delivery's id.", "17"))
@@ -438,20 +397,7 @@ class Delivery(Answer):
     error = fields.String(allow_none=True, **doc("Why the last attempt got no response.", None))
 
 
-class DeliveryAnswer(Answer):
-    """One delivery."""
-
-    delivery = fields.Nested(Delivery)
-
-
-class DeliveryPage(Answer):
-    """A page of deliveries, newest first."""
-
-    deliveries = fields.List(fields.Nested(Delivery))
-    next = fields.String(allow_none=True, **_NEXT)
-
-
-class EventTypes(Answer):
+class EventTypes(Response):
     """What a webhook may subscribe to."""
 
     events = fields.List(fields.String(), **doc("The event types.", ["agent.created", "token.issued"]))
@@ -463,10 +409,10 @@ class KeyRotation(Schema):
 
     examples: Mapping[str, Any] = {"Without downtime": {}, "After a leak": {"now": True}}
 
-    now = Flag(load_default=False, **doc("After a leak: sign at once and end every access token.", False))
+    now = StrictBoolean(load_default=False, **doc("After a leak: sign now, end every access token.", False))
 
 
-class SigningKey(Answer):
+class SigningKey(Response):
     """A signing key, without its private part."""
 
     kid = fields.String(**doc("The key's id: its thumbprint (RFC 7638).", KID))
@@ -477,19 +423,7 @@ class SigningKey(Answer):
     gone_at = Timestamp(allow_none=True, **doc("When its publication ends. Null: it is the newest.", None))
 
 
-class KeyAnswer(Answer):
-    """One signing key."""
-
-    key = fields.Nested(SigningKey)
-
-
-class KeyList(Answer):
-    """The signing keys, newest first."""
-
-    keys = fields.List(fields.Nested(SigningKey))
-
-
-class Usage(Answer):
+class Usage(Response):
     """An agent's tokens and rotations."""
 
     token_count = fields.Integer(**_TOKEN_COUNT)
@@ -500,7 +434,7 @@ class Usage(Answer):
     daily = fields.List(fields.Nested(DailyUsage), **doc("The last thirty days (UTC), today last."))
 
 
-class About(Answer):
+class About(Response):
     """Name, version and paths."""
 
     name = fields.String(**doc("The name.", "Lanyard"))
@@ -508,7 +442,28 @@ class About(Answer):
     links = fields.Dict(values=fields.String(), **doc("Paths by name.", {"token": "/oauth/token"}))
 
 
-class Status(Answer):
+class Status(Response):
     """The state of the service."""
 
     status = fields.String(validate=OneOf(["ok", "ready"]))
+
+
+def _wrap(name: str, description: str, **members: fields.Field[Any]) -> type[Response]:
+    return type(name, (Response,), {"__doc__": description, **members})
+
+
+def _list_of(schema: type[Schema]) -> fields.List[Any]:
+    return fields.List(fields.Nested(schema))
+
+
+# Responses that only wrap the schemas above.
+AgentResponse = _wrap("AgentResponse", "One agent.", agent=fields.Nested(Agent))
+AgentPage = _wrap("AgentPage", "Agents, newest first.", agents=_list_of(Agent), next=_NEXT)
+Secrets = _wrap("Secrets", "The valid secrets of an agent, newest first.", secrets=_list_of(Secret))
+EventPage = _wrap("EventPage", "Events, newest first.", events=_list_of(Event), next=_NEXT)
+WebhookResponse = _wrap("WebhookResponse", "One webhook.", webhook=fields.Nested(Webhook))
+WebhookList = _wrap("WebhookList", "All webhooks, newest first.", webhooks=_list_of(Webhook))
+DeliveryResponse = _wrap("DeliveryResponse", "One delivery.", delivery=fields.Nested(Delivery))
+DeliveryPage = _wrap("DeliveryPage", "Deliveries, newest first.", deliveries=_list_of(Delivery), next=_NEXT)
+KeyResponse = _wrap("KeyResponse", "One signing key.", key=fields.Nested(SigningKey))
+KeyList = _wrap("KeyList", "The signing keys, newest first.", keys=_list_of(SigningKey))

@@ -229,7 +229,7 @@ def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: st
 @as_json
 def redeliver(webhook: str, delivery: str, as_json: bool) -> None:
     """Send a delivery again from the start, under the same id."""
-    document = schemas.DeliveryAnswer().dump(webhooks.make_due(webhook, delivery))
+    document = schemas.DeliveryResponse().dump(webhooks.make_due(webhook, delivery))
     _show_one(document, "delivery", as_json)
 
 
@@ -251,7 +251,7 @@ def rotate_key(now: bool, as_json: bool) -> None:
     """Publish a new key; it signs once every verifier can know it."""
     with writing() as connection:
         keys.rotate(connection, at_once=now)
-        document = schemas.KeyAnswer().dump({"key": keys.list_keys(connection)[0]})
+        document = schemas.KeyResponse().dump({"key": keys.list_keys(connection)[0]})
     if as_json:
         output.show_json(document)
     else:
@@ -332,7 +332,7 @@ def _on_or_off(row: dict[str, Any]) -> str:
 
 
 def _show_agent(answer: dict[str, Any], as_json: bool) -> None:
-    _show_one(schemas.AgentAnswer().dump(answer), "agent", as_json)
+    _show_one(schemas.AgentResponse().dump(answer), "agent", as_json)
 
 
 def _show_one(document: Any, name: str, as_json: bool) -> None:

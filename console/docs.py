@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 
 from flask import Blueprint, Response
 from werkzeug.exceptions import NotFound
@@ -20,69 +21,33 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_TYPES = {
-    "favicon-32x32.png": "image/png",
-    "swagger-ui.css": "text/css",
-    "swagger-ui-bundle.js": "text/javascript",
+_SWAGGER_UI = Path(str(files("flask_swagger_ui") / "dist"))
+_HERE = Path(__file__).parent
+_ASSETS = {
+    "start.js": (_HERE, "text/javascript"),
+    "favicon-32x32.png": (_SWAGGER_UI, "image/png"),
+    "swagger-ui.css": (_SWAGGER_UI, "text/css"),
+    "swagger-ui-bundle.js": (_SWAGGER_UI, "text/javascript"),
 }
-# Relative URLs, so that the page works below a path prefix too.
-_PAGE = b"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lanyard API</title>
-<link rel="icon" href="docs/favicon-32x32.png">
-<link rel="stylesheet" href="docs/swagger-ui.css">
-<style>
-body { margin: 0 }
-.swagger-ui .response-col_links { display: none }
-@media (max-width: 40rem) { .swagger-ui .wrapper { padding: 0 .5rem } }
-</style>
-<script src="docs/swagger-ui-bundle.js" defer></script>
-<script src="docs/start.js" defer></script>
-</head>
-<body>
-<div id="docs"></div>
-</body>
-</html>
-"""
-# Requests go to the page's own origin, which may differ from the issuer's.
-_SCRIPT = b"""\
-const base = new URL(".", location.href).href.replace(/\\/$/, "");
-fetch(`${base}/openapi.json`).then((response) => response.json()).then((spec) => SwaggerUIBundle({
-  spec: { ...spec, servers: [{ url: base }] },
-  dom_id: "#docs",
-  deepLinking: true,
-  docExpansion: "list",
-  defaultModelsExpandDepth: 0,
-  validatorUrl: null,
-}));
-"""
 
 
 @bp.get("/docs")
 def page() -> Response:
-    """Answer the page."""
-    response = cached_response(_PAGE, MAX_AGE, "text/html")
+    """Return the page. Its URLs are relative: it works below a path prefix too."""
+    response = cached_response(_read(_HERE, "docs.html"), MAX_AGE, "text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
 
 
-@bp.get("/docs/start.js")
-def script() -> Response:
-    """Answer the script that starts Swagger UI."""
-    return cached_response(_SCRIPT, MAX_AGE, "text/javascript")
-
-
 @bp.get("/docs/<name>")
 def asset(name: str) -> Response:
-    """Answer a file of Swagger UI."""
-    if name not in _TYPES:
+    """Return a script, style or picture of the page."""
+    if name not in _ASSETS:
         raise NotFound
-    return cached_response(_read(name), MAX_AGE, _TYPES[name])
+    folder, mimetype = _ASSETS[name]
+    return cached_response(_read(folder, name), MAX_AGE, mimetype)
 
 
 @lru_cache
-def _read(name: str) -> bytes:
-    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
+def _read(folder: Path, name: str) -> bytes:
+    return (folder / name).read_bytes()

@@ -63,23 +63,22 @@ answer 404. Malformed HTTP is answered with 400, 408, 413, 414, 417, 431 or 501.
 @lru_cache(maxsize=16)
 def document(settings: Settings) -> bytes:
     """Return the document of the running app as JSON."""
-    api = Api(current_app, version=VERSION, issuer=settings.issuer, local=settings.local)
-    return json.dumps(api.document()).encode()
+    return json.dumps(Api(current_app, settings).document()).encode()
 
 
 class Api(flask_smorest.Api):
-    """flask-smorest's Api for the document alone: the app registers its blueprints and error handlers itself.
+    """flask-smorest's Api for the document alone: the app registers blueprints and error handlers itself.
 
-    To be made at the first request for the document: it takes 30 ms, which commands and tests do not spend.
+    Make it at the first request for the document: it takes 30 ms.
     """
 
     DEFAULT_ERROR_RESPONSE_NAME = None
 
-    def __init__(self, app: Flask, *, version: str, issuer: str, local: bool) -> None:
-        self._local = local
-        options = {"title": "Lanyard", "version": version, "openapi_version": "3.1.0"}
-        details = {"info": {"description": _ABOUT}, "servers": [{"url": issuer}]}
-        super().__init__(app, spec_kwargs={"flask_plugin": _Routes(local), **options, **details})
+    def __init__(self, app: Flask, settings: Settings) -> None:
+        self._local = settings.local
+        options = {"title": "Lanyard", "version": VERSION, "openapi_version": "3.1.0"}
+        details = {"info": {"description": _ABOUT}, "servers": [{"url": settings.issuer}]}
+        super().__init__(app, spec_kwargs={"flask_plugin": _Routes(self._local), **options, **details})
         for name, (scheme, text) in _SECURITY_SCHEMES.items():
             self.spec.components.security_scheme(name, dict(type="http", scheme=scheme, description=text))
         for name, (text, schema) in _HEADERS.items():
@@ -90,7 +89,7 @@ class Api(flask_smorest.Api):
         self.ma_plugin.converter.add_parameter_attribute_function(_nullable2parameter)
 
     def document(self) -> dict[str, Any]:
-        """Return the document of the app's routes. Call it once."""
+        """Return the document of the app's routes. Valid once per Api."""
         for name, blueprint in self._app.blueprints.items():
             if isinstance(blueprint, Blueprint):
                 blueprint.register_views_in_doc(self, self._app, self.spec, name=name, parameters=None)
@@ -99,10 +98,10 @@ class Api(flask_smorest.Api):
         return document
 
     def _register_error_handlers(self) -> None:
-        """Leave errors to the app's own handlers."""
+        pass  # the app has its own
 
     def _register_pagination_header(self) -> None:
-        """Pages are in the body here: no header describes them."""
+        pass  # pages are in the body
 
     def _register_responses(self) -> None:
         for status, (_, examples) in ERRORS.items():
@@ -113,7 +112,7 @@ class Api(flask_smorest.Api):
 
 
 class _Routes(FlaskPlugin):
-    """Complete schemas and operations with what follows from the schema or the route itself."""
+    """Document what follows from a schema or a route itself."""
 
     def __init__(self, local: bool) -> None:
         super().__init__()
@@ -141,7 +140,9 @@ class _Routes(FlaskPlugin):
                 schema = resolve_schema_instance(media["schema"])
                 media["examples"] = {title: {"value": body} for title, body in schema.examples.items()}
                 # A body of optional fields only may be left out.
-                operation["requestBody"]["required"] = any(f.required for f in schema.fields.values())
+                operation["requestBody"]["required"] = not schema.partial and any(
+                    f.required for f in schema.fields.values()
+                )
             responses = operation.setdefault("responses", {})
             for status in self._implied_errors(path, operation):
                 responses.setdefault(status, HTTPStatus(status).name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
 from conftest import OPERATOR
 from flask import Flask
 from flask.testing import FlaskClient
@@ -33,6 +34,12 @@ def test_the_metadata_is_true_to_what_is_offered(client: FlaskClient) -> None:
         "revocation_endpoint_auth_methods_supported": methods,
         "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
     }
+
+
+def test_the_metadata_is_valid(client: FlaskClient) -> None:
+    document = client.get("/.well-known/oauth-authorization-server").json
+    # Authlib wants a response type; none is offered here.
+    AuthorizationServerMetadata({**document, "response_types_supported": ["none"]}).validate()
 
 
 def test_every_endpoint_it_names_is_there(client: FlaskClient) -> None:

@@ -66,7 +66,7 @@ def list_webhooks() -> dict[str, Any]:
 
 
 @bp.get("/webhooks/<webhook_id>")
-@bp.response(200, schemas.WebhookAnswer)
+@bp.response(200, schemas.WebhookResponse)
 def show_webhook(webhook_id: str) -> dict[str, Any]:
     """Get a webhook."""
     with reading() as connection:
@@ -75,7 +75,7 @@ def show_webhook(webhook_id: str) -> dict[str, Any]:
 
 @bp.route("/webhooks/<webhook_id>", methods=["PATCH", "PUT"])
 @bp.arguments(schemas.WebhookUpdate)
-@bp.response(200, schemas.WebhookAnswer)
+@bp.response(200, schemas.WebhookResponse)
 def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Change a webhook.
 
@@ -115,8 +115,8 @@ def rotate_webhook_secret(fields: dict[str, Any], webhook_id: str) -> dict[str, 
 
 
 @bp.post("/webhooks/<webhook_id>/test")
-@bp.arguments(schemas.Nothing)
-@bp.response(202, schemas.DeliveryAnswer)
+@bp.arguments(schemas.Empty)
+@bp.response(202, schemas.DeliveryResponse)
 @bp.errors(409, conflict=_SWITCHED_OFF)
 def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Send a webhook a test event, whatever it subscribes to."""
@@ -136,7 +136,7 @@ def list_deliveries(query: dict[str, Any], webhook_id: str) -> dict[str, Any]:
 
 
 @bp.get("/webhooks/<webhook_id>/deliveries/<delivery_id>")
-@bp.response(200, schemas.DeliveryAnswer)
+@bp.response(200, schemas.DeliveryResponse)
 def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """Get a delivery."""
     with reading() as connection:
@@ -144,8 +144,8 @@ def show_delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
 
 
 @bp.post("/webhooks/<webhook_id>/deliveries/<delivery_id>/redeliver")
-@bp.arguments(schemas.Nothing)
-@bp.response(202, schemas.DeliveryAnswer)
+@bp.arguments(schemas.Empty)
+@bp.response(202, schemas.DeliveryResponse)
 @bp.errors(409, conflict=_SWITCHED_OFF)
 def redeliver(fields: dict[str, Any], webhook_id: str, delivery_id: str) -> dict[str, Any]:
     """Send a delivery again, under the same id."""
