@@ -63,7 +63,10 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
     :param patient: wait five seconds for the write lock; else a quarter of one.
     :param exclusive: keep out every other write transaction.
     :raises DBAPIError: when the lock is not free in time.
+    :raises RuntimeError: inside another `writing`, whose lock it would wait for in vain.
     """
+    if "writing" in g:
+        raise RuntimeError("writing() inside writing(): pass the outer transaction's connection on")
     its = sqlite if db.engine.dialect.name == "sqlite" else postgresql
     with db.engine.connect() as connection, connection.begin():
         its.begin_writing(connection, durable=durable, patient=patient, exclusive=exclusive)

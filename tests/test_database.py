@@ -162,6 +162,17 @@ def test_an_error_rolls_everything_back(app: Flask) -> None:
         assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["RS256"]
 
 
+def test_a_transaction_inside_another_is_refused(app: Flask) -> None:
+    with app.app_context():
+        with writing() as connection:
+            with pytest.raises(RuntimeError, match="inside"), writing():
+                pass
+            with reading() as inner:
+                assert inner is connection
+        with writing():
+            pass
+
+
 def test_deleting_an_agent_leaves_nothing_of_it(
     app: Flask, client: FlaskClient, operator: Operator, agent: dict[str, Any]
 ) -> None:
