@@ -29,8 +29,8 @@ import keys
 from api import Problem, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings, state
 from database import reading
-from models import Agent, RevokedToken, SigningKey, is_live, now
-from storage.files import give_to_owner_of, sync_folder
+from models import Agent, RevokedToken, SigningKey, is_active, now
+from storage.files import copy_owner, sync_folder
 
 log = logging.getLogger("lanyard")
 

@@ -14,7 +14,7 @@ from marshmallow.validate import Length, OneOf, Range
 
 from api import Flag, PublicKeys, Text, Timestamp, Whole, audience, doc, no_repeats, scope
 from config import DAY, VERSION
-from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
+from models import EVENT_GROUPS, EVENT_TYPES, is_active, now
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
@@ -228,7 +228,7 @@ class Agent(Answer):
     metadata = fields.Dict(values=fields.String(), **_METADATA)
     # An agent past its time is treated as deactivated, so that is what it looks like.
     is_active = fields.Function(
-        lambda agent: is_live(agent, now()),
+        lambda agent: is_active(agent, now()),
         **doc("False while it is deactivated or expired.", True, type="boolean", readOnly=False),
     )
     token_ttl = fields.Integer(allow_none=True, **_TOKEN_TTL)
