@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from authlib.integrations.flask_oauth2 import AuthorizationServer
 from authlib.oauth2 import OAuth2Error
@@ -512,7 +512,7 @@ def jwks() -> Response:
 def _init_metadata(app: Flask, settings: Settings) -> None:
     """Check the metadata, and answer it where an issuer with a path has it (RFC 8414 §3.1)."""
     Metadata(_metadata(settings)).validate()
-    path = settings.issuer_path
+    path = urlsplit(settings.issuer).path.rstrip("/")
     if path:
         for name, view in (
             ("oauth-authorization-server", authorization_server),
