@@ -30,7 +30,6 @@ from console import docs, openapi
 from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db
 from ops import access_log, cleanup, metrics
-from storage import postgresql
 from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
@@ -116,8 +115,6 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         auth.init_app(app, settings, serving=serving)
     except DecryptionError as error:
         raise SettingError(f"{error}.") from None
-    except postgresql.EncodingError as error:
-        raise SettingError(str(error)) from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -130,9 +127,9 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     with database.writing() as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
-        outdated = database.check_encryption(connection)
+        outdated = database.outdated_secrets(connection)
         # Another server that runs may lack the key that secrets would be encrypted with.
-        if is_first and database.encrypt_again(connection):
+        if is_first and database.encrypt_again(connection, outdated):
             log.warning(
                 "LANYARD_SECRET_KEY now encrypts the database's secrets: nothing starts without it any more."
             )
