@@ -62,7 +62,8 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Read `LANYARD_*` from `env`; raises SettingError for the first invalid value."""
-        host = _host(env)
+        pattern = r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+"
+        host = _matching(env, "HOST", pattern, "an IP address or a host name", "127.0.0.1")
         port = _integer(env, "PORT", 8080, 1, 65_535)
         local = _flag(env, "LOCAL")
         proxies = _integer(env, "TRUSTED_PROXIES", 0, 0, 10)
@@ -77,7 +78,7 @@ class Settings:
             local=local,
             admin_token=_admin_token(env),
             issuer=issuer,
-            audience=_audience(env, issuer),
+            audience=_matching(env, "AUDIENCE", "[!-~]+", "a URI or a plain name without spaces", issuer),
             access_token_ttl=_integer(env, "ACCESS_TOKEN_TTL", 3600, 1, DAY),
             refresh_token_ttl=_integer(env, "REFRESH_TOKEN_TTL", 7 * DAY, 1, 30 * DAY),
             signing_alg=_one_of(env, "SIGNING_ALG", ("RS256", "ES256", "EdDSA")),
@@ -167,17 +168,14 @@ def _flag(env: Mapping[str, str], name: str, *, default: bool = False) -> bool:
 
 
 def _one_of(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
-    text = _read(env, name) or choices[0]
-    if text not in choices:
-        raise SettingError(f"LANYARD_{name} must be one of {', '.join(choices)}, not {text!r}.")
+    return _matching(env, name, "|".join(choices), f"one of {', '.join(choices)}", choices[0])
+
+
+def _matching(env: Mapping[str, str], name: str, pattern: str, description: str, default: str) -> str:
+    text = _read(env, name) or default
+    if not re.fullmatch(pattern, text):
+        raise SettingError(f"LANYARD_{name} must be {description}, not {text!r}.")
     return text
-
-
-def _host(env: Mapping[str, str]) -> str:
-    host = _read(env, "HOST") or "127.0.0.1"
-    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+", host):
-        raise SettingError(f"LANYARD_HOST must be an IP address or a host name, not {host!r}.")
-    return host
 
 
 def _check_local(local: bool, host: str, proxies: int) -> None:
@@ -245,7 +243,7 @@ def _admin_token(env: Mapping[str, str]) -> str | None:
 
 
 def _secret_keys(env: Mapping[str, str]) -> tuple[str, ...]:
-    """Fernet keys, the first of which encrypts: 32 bytes as URL-safe base64, separated by commas."""
+    """Read Fernet keys, separated by commas; the first one encrypts."""
     keys = tuple(filter(None, _read(env, "SECRET_KEY").split(",")))
     if not all(re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):
         # Without the value, which is a secret.
@@ -254,7 +252,7 @@ def _secret_keys(env: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _cors_origins(env: Mapping[str, str], local: bool) -> tuple[str, ...]:
-    """Origins exactly as browsers send them (RFC 6454 §6.2), separated by commas."""
+    """Read origins, separated by commas, exactly as browsers send them (RFC 6454 §6.2)."""
     origins = tuple(filter(None, map(str.strip, _read(env, "CORS_ORIGINS").split(","))))
     if local and origins:
         raise SettingError(
@@ -296,12 +294,3 @@ def _issuer(url: str) -> str:
             f" (http is for localhost only), not {url!r}."
         )
     return url
-
-
-def _audience(env: Mapping[str, str], issuer: str) -> str:
-    audience = _read(env, "AUDIENCE") or issuer
-    if not (audience.isascii() and audience.isprintable()) or " " in audience:
-        raise SettingError(
-            f"LANYARD_AUDIENCE must be a URI or a plain name without spaces, not {audience!r}."
-        )
-    return audience

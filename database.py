@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,7 +14,7 @@ from flask import Flask, g
 from sqlalchemy.orm import InstrumentedAttribute
 
 from config import Settings, settings, state
-from models import Base, EncryptedText, db, decrypt, encrypt, is_encrypted
+from models import Base, EncryptedText, db, decrypt, is_encrypted
 from storage import postgresql, sqlite
 
 StoredSecret = tuple[sa.Column[str], int, str]  # column, the row's `pk`, the value as stored
@@ -29,6 +30,11 @@ ENCRYPTED = [
     for column in table.c
     if isinstance(column.type, EncryptedText)
 ]
+
+# Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
+# process wait briefly, or they would take all pooled connections from the readers.
+_is_stuck = threading.Event()
+_LOCKED = "55P03"  # PostgreSQL's lock_not_available
 
 POOL_SIZE = 10  # connections of one process; a request holds one for milliseconds
 POOL_TIMEOUT = 5  # seconds a request waits for a connection
@@ -67,8 +73,17 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
     """
     if "writing" in g:
         raise RuntimeError("writing() inside writing(): pass the outer transaction's connection on")
+    patient = patient and not _is_stuck.is_set()
     with db.engine.connect() as connection, connection.begin():
-        backend(settings()).begin_writing(connection, durable=durable, patient=patient, exclusive=exclusive)
+        try:
+            backend(settings()).begin_writing(
+                connection, durable=durable, patient=patient, exclusive=exclusive
+            )
+        except sa.exc.DBAPIError as error:
+            if patient and getattr(error.orig, "sqlstate", _LOCKED) == _LOCKED:
+                _is_stuck.set()
+            raise
+        _is_stuck.clear()
         g.writing = connection
         try:
             yield connection
@@ -159,9 +174,8 @@ def encrypt_again(connection: sa.Connection, outdated: list[StoredSecret]) -> bo
     """Encrypt the given secrets with the first key; return whether any was unencrypted."""
     keys = settings().secret_keys
     for column, pk, stored in outdated:
-        table = column.table
-        new = sa.literal(encrypt(decrypt(stored, keys), keys), sa.String)
-        connection.execute(sa.update(table).where(table.c.pk == pk).values({column: new}))
+        update = sa.update(column.table).where(column.table.c.pk == pk)
+        connection.execute(update.values({column: decrypt(stored, keys)}))  # its type encrypts
     return not all(is_encrypted(stored) for _, _, stored in outdated)
 
 

@@ -26,11 +26,10 @@ SHORT_ANSWER_TIMEOUT = 1.0  # seconds after an answer did not come, until one co
 _LANYARD = 0x4C616E79  # "Lany"
 _WRITE, _STARTUP, _DELIVER = 1, 2, 3
 
-_LOCKED = "55P03"
 _NO_ANSWER = "_WaitTimeout"
-# Besides a lock not free in time: deadlock, serialization failure, a database that is read-only for now
-# (a standby, after a failover), a transaction that was idle too long.
-_TRANSIENT = {_LOCKED, "40P01", "40001", "25006", "25P03"}
+# A lock not free in time, a deadlock, a serialization failure, a database that is read-only for now (a
+# standby, after a failover), a transaction that was idle too long.
+_TRANSIENT = {"55P03", "40P01", "40001", "25006", "25P03"}
 
 # Set for each session, whatever the database's defaults: `begin_writing` relies on the isolation level. The
 # server ends a session whose client is unreachable, or idle in a transaction, and frees its locks.
@@ -44,9 +43,6 @@ _SESSION = {
     "tcp_user_timeout": 30_000,
 }
 
-# Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
-# process wait briefly, or they would take every connection of the pool from the readers.
-_is_stuck = threading.Event()
 # Set when the server did not answer in time, until it answers: meanwhile requests fail soon.
 _is_silent = threading.Event()
 _reconnecting = threading.Lock()
@@ -89,25 +85,17 @@ def listen(engine: sa.Engine, serving: bool) -> None:
 
 def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, exclusive: bool) -> None:
     """Begin a transaction and take the write lock, exclusive or shared; see `database.writing`."""
-    patient = patient and not _is_stuck.is_set() and not _is_silent.is_set()
     statements = ["BEGIN"]
     if not durable:
         statements.append("SET LOCAL synchronous_commit = off")
-    if not patient:
+    if not patient or _is_silent.is_set():
         statements.append(f"SET LOCAL lock_timeout = {SHORT_TIMEOUT}")
     # A commit is visible before its lock is freed, and a statement sees all that was committed when it starts
     # (READ COMMITTED): the holder of the lock reads what all earlier holders wrote.
     lock = f"advisory_xact_lock{'' if exclusive else '_shared'}({_LANYARD}, {_WRITE})"
-    try:
-        # One round trip: psycopg sends several statements at once only without parameters.
-        connection.exec_driver_sql(
-            "; ".join([*statements, f"SELECT pg_{lock}"]), execution_options={"no_parameters": True}
-        )
-    except sa.exc.DBAPIError as error:
-        if patient and getattr(error.orig, "sqlstate", None) == _LOCKED:
-            _is_stuck.set()
-        raise
-    _is_stuck.clear()
+    statements.append(f"SELECT pg_{lock}")
+    # One round trip: psycopg sends several statements at once only without parameters.
+    connection.exec_driver_sql("; ".join(statements), execution_options={"no_parameters": True})
 
 
 def is_transient(error: Any) -> bool:

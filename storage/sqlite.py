@@ -38,9 +38,6 @@ LONGEST_SLEEP = 0.005  # seconds; unbounded, long waiters would poll less often 
 
 _native_sleep = monkey.get_original("time", "sleep")
 
-# Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
-# process wait briefly, or all of its requests would queue up behind the lock.
-_is_stuck = threading.Event()
 _turn = threading.Lock()
 
 
@@ -100,14 +97,7 @@ def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, ex
     if connection.info["synchronous"] != level:
         connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
         connection.info["synchronous"] = level
-    patient = patient and not _is_stuck.is_set()
-    try:
-        _take_write_lock(connection, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
-    except sa.exc.OperationalError:
-        if patient:
-            _is_stuck.set()
-        raise
-    _is_stuck.clear()
+    _take_write_lock(connection, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
 
 
 def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
