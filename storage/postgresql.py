@@ -200,7 +200,9 @@ def _connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any])
     if is_test and not _reconnecting.acquire(blocking=False):
         raise dialect.loaded_dbapi.OperationalError("it did not answer, and a connection attempt is running")
     try:
-        return dialect.connect(*arguments, **options)
+        driver = dialect.connect(*arguments, **options)
+        _is_silent.clear()
+        return driver
     except dialect.loaded_dbapi.errors.ConnectionTimeout:
         _is_silent.set()
         raise
