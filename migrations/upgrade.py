@@ -72,7 +72,7 @@ def read_revision(connection: sa.Connection, database: str) -> str | None:
     if not stored:
         raise SettingError(
             f"The database {database} has tables, but no schema version: it is of a Lanyard older than the"
-            " first release, or no Lanyard's; move it away to start anew."
+            " first release, or of another program; move it away to start with a new one."
         )
     known = revisions()
     if stored not in known:
