@@ -328,7 +328,7 @@ def _end_secrets(connection: sa.Connection, agent: Any, grace_period: int) -> No
 
 
 def _valid_secrets(agent: Any) -> tuple[sa.ColumnElement[bool], ...]:
-    return ClientSecret.agent_pk == agent.pk, ClientSecret.live(now())
+    return ClientSecret.agent_pk == agent.pk, ClientSecret.valid(now())
 
 
 def _add_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> None:
@@ -348,7 +348,7 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     moment = now()
     filters: list[sa.ColumnElement[bool]] = []
     if query["is_active"] is not None:
-        filters.append(Agent.live(moment) if query["is_active"] else sa.not_(Agent.live(moment)))
+        filters.append(Agent.active(moment) if query["is_active"] else sa.not_(Agent.active(moment)))
     if query["scope"] is not None:
         filters.append(has_word(Agent.scopes, query["scope"]))
     if query["owner"] is not None:

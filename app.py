@@ -31,7 +31,6 @@ from console import docs, openapi
 from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db
 from ops import access_log, cleanup, metrics
-from storage import postgresql
 from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
@@ -114,8 +113,8 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         prepare = partial(_prepare_database, settings, serving)
         database.init_database(app, settings, serving=serving, prepare=prepare)
         auth.init_app(app, settings, serving=serving)
-    except (DecryptionError, postgresql.EncodingError) as error:
-        raise SettingError(f"{str(error).rstrip('.')}.") from None
+    except DecryptionError as error:
+        raise SettingError(f"{error}.") from None
     except OSError as error:
         raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -128,9 +127,9 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     with database.writing() as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
-        outdated = database.check_encryption(connection)
+        outdated = database.outdated_secrets(connection)
         # A second running server may lack the newest encryption key.
-        if is_first and database.encrypt_again(connection):
+        if is_first and database.encrypt_again(connection, outdated):
             log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: nothing starts without it.")
         elif serving and not is_first and outdated:
             log.warning("Another server runs: secrets are encrypted anew once a server starts alone.")

@@ -29,8 +29,8 @@ import keys
 from api import Problem, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings, state
 from database import reading
-from models import Agent, RevokedToken, SigningKey, is_live, now
-from storage.files import give_to_owner_of, sync_folder
+from models import Agent, RevokedToken, SigningKey, is_active, now
+from storage.files import copy_owner, sync_folder
 
 log = logging.getLogger("lanyard")
 
@@ -94,7 +94,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         except JoseError:
             raise InvalidTokenError() from None
         agent = _agent_of(token)
-        if agent is None or not is_live(agent, now()):
+        if agent is None or not is_active(agent, now()):
             raise InvalidTokenError()
         # A scope that was taken from the agent no longer counts in tokens issued before.
         held = [scope for scope in token["scope"].split() if scope in agent.scopes]
@@ -329,7 +329,7 @@ class KeptToken:
 def rotate_admin_token(path: Path) -> None:
     """Write a new admin token into the file; the old one is refused from the next request on."""
     draft = _draft_admin_token(path)
-    give_to_owner_of(path, draft)
+    copy_owner(path, draft)
     os.replace(draft, path)
     sync_folder(path.parent)
 

@@ -25,7 +25,7 @@ import events
 from api import Problem, is_text, parse_authorization
 from config import settings
 from database import reading, writing
-from models import NEWEST_KEY, Agent, ClientSecret, Moment, SpentAssertion, is_live, now
+from models import NEWEST_KEY, Agent, ClientSecret, SpentAssertion, Timestamp, is_active, now
 
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 # RFC 7515 §4: header members that are not understood are ignored.
@@ -50,7 +50,7 @@ COLUMNS = (
     Agent.rate_limit,
     NEWEST_KEY.label("newest_key"),
 )
-_NOW: Any = bindparam("now", type_=Moment)
+_NOW: Any = bindparam("now", type_=Timestamp)
 _BY_SECRET = (
     sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hash, ClientSecret.last_used_at)
     .outerjoin(
@@ -58,7 +58,7 @@ _BY_SECRET = (
         sa.and_(
             ClientSecret.agent_pk == Agent.pk,
             ClientSecret.hint == bindparam("hint"),
-            ClientSecret.live(_NOW),
+            ClientSecret.valid(_NOW),
         ),
     )
     .where(Agent.client_id == bindparam("client_id"))
@@ -69,7 +69,7 @@ _SPEND_ASSERTION = (
     .from_select(
         ["agent_pk", "jti_hash", "expires_at"],
         sa.select(
-            Agent.pk, bindparam("jti_hash", type_=sa.LargeBinary), bindparam("expires_at", type_=Moment)
+            Agent.pk, bindparam("jti_hash", type_=sa.LargeBinary), bindparam("expires_at", type_=Timestamp)
         ).where(Agent.client_id == bindparam("client_id")),
     )
     .on_conflict_do_nothing()
@@ -130,7 +130,7 @@ class Client(ClientMixin):
     @property
     def is_live(self) -> bool:
         """Whether the agent is switched on and not expired."""
-        return is_live(self.row, self.now)
+        return is_active(self.row, self.now)
 
     @property
     def held_scopes(self) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
@@ -27,15 +27,12 @@ VERSION = "0.1.0"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
 POSTGRESQL = "postgresql+psycopg://"
-# What the driver itself takes, and not as text.
-_NO_TEXT = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
+# Options of psycopg's own that cannot be given as text.
+_NOT_IN_URL = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
 
 
 class SettingError(ClickException):
-    """A setting the server will not start with; its text is one sentence naming the variable.
-
-    A command, which is click's, prints it just so.
-    """
+    """An invalid setting: one sentence that names the variable, which commands print as click's errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +61,12 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
-        """Read `LANYARD_*` from `env`; raises SettingError for the first value that will not do."""
-        host = _host(env)
-        port = _whole(env, "PORT", 8080, 1, 65_535)
+        """Read `LANYARD_*` from `env`; raises SettingError for the first invalid value."""
+        pattern = r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+"
+        host = _matching(env, "HOST", pattern, "an IP address or a host name", "127.0.0.1")
+        port = _integer(env, "PORT", 8080, 1, 65_535)
         local = _flag(env, "LOCAL")
-        proxies = _whole(env, "TRUSTED_PROXIES", 0, 0, 10)
+        proxies = _integer(env, "TRUSTED_PROXIES", 0, 0, 10)
         _check_local(local, host, proxies)
         instance = HERE / (_read(env, "INSTANCE") or "instance")
         issuer = _issuer(_read(env, "ISSUER") or f"http://localhost:{port}")
@@ -80,14 +78,14 @@ class Settings:
             local=local,
             admin_token=_admin_token(env),
             issuer=issuer,
-            audience=_audience(env, issuer),
-            access_token_ttl=_whole(env, "ACCESS_TOKEN_TTL", 3600, 1, DAY),
-            refresh_token_ttl=_whole(env, "REFRESH_TOKEN_TTL", 7 * DAY, 1, 30 * DAY),
+            audience=_matching(env, "AUDIENCE", "[!-~]+", "a URI or a plain name without spaces", issuer),
+            access_token_ttl=_integer(env, "ACCESS_TOKEN_TTL", 3600, 1, DAY),
+            refresh_token_ttl=_integer(env, "REFRESH_TOKEN_TTL", 7 * DAY, 1, 30 * DAY),
             signing_alg=_one_of(env, "SIGNING_ALG", ("RS256", "ES256", "EdDSA")),
-            bcrypt_cost=_whole(env, "BCRYPT_COST", 10, 4, 16),
-            workers=_whole(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
+            bcrypt_cost=_integer(env, "BCRYPT_COST", 10, 4, 16),
+            workers=_integer(env, "WORKERS", min(os.cpu_count() or 1, 8), 1, 64),
             trusted_proxies=proxies,
-            event_retention_days=_whole(env, "EVENT_RETENTION_DAYS", 90, 7, 3650),
+            event_retention_days=_integer(env, "EVENT_RETENTION_DAYS", 90, 7, 3650),
             webhook_allow_private=_flag(env, "WEBHOOK_ALLOW_PRIVATE", default=local),
             secret_keys=_secret_keys(env),
             cors_origins=_cors_origins(env, local),
@@ -95,33 +93,31 @@ class Settings:
         )
 
     def url(self, path: str) -> str:
-        """The address that others reach `path` at."""
+        """Return the URL of `path` for clients."""
         return self.issuer.rstrip("/") + path
 
     @property
-    def issuer_path(self) -> str:
-        """The path in the issuer, or nothing."""
-        return urlsplit(self.issuer).path.rstrip("/")
-
-    @property
     def uses_sqlite(self) -> bool:
-        """Whether the database is a SQLite file; else it is PostgreSQL's."""
+        """Whether the database is a SQLite file, not PostgreSQL."""
         return self.database_url.startswith("sqlite:")
 
     @property
     def database_name(self) -> str:
-        """What to call the database before an operator: never with a password in it."""
-        return str(self.database_file) if self.uses_sqlite else _without_secrets(self.database_url)
+        """The database's name in messages, without its password."""
+        if self.uses_sqlite:
+            return str(self.database_file)
+        parts = urlsplit(self.database_url)
+        return f"postgresql://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     @property
     def database_file(self) -> Path:
-        """Where the SQLite file is, if the database is one."""
+        """The path of the SQLite file."""
         return Path(self.database_url.removeprefix("sqlite:///"))
 
 
 @dataclass
 class State:
-    """What one app keeps in memory; `settings` are also at `app.config["LANYARD"]`."""
+    """The state of one app in memory; `settings` are also at `app.config["LANYARD"]`."""
 
     settings: Settings
     client_secrets: SecretChecker = field(init=False)
@@ -129,7 +125,7 @@ class State:
     oauth_server: AuthorizationServer = field(init=False)
     metrics: CollectorRegistry = field(init=False)
     keyring: Keyring | None = None
-    # Ends the mark by which other processes see that a server uses the database.
+    # Ends the mark that a server uses the database.
     stop_serving: Callable[[], object] = lambda: None
 
 
@@ -140,9 +136,8 @@ def init_app(app: Flask, settings: Settings) -> None:
 
 
 def state(app: Flask | None = None) -> State:
-    """Return the app's state; the running app's unless given."""
-    found: State = (app or current_app).extensions["lanyard"]
-    return found
+    """Return the state of the app, by default the running one."""
+    return cast(State, (app or current_app).extensions["lanyard"])
 
 
 def settings() -> Settings:
@@ -151,17 +146,17 @@ def settings() -> Settings:
 
 
 def unknown_names(env: Mapping[str, str] = os.environ) -> list[str]:
-    """`LANYARD_*` variables that are no setting: most likely misspelt."""
+    """Return the `LANYARD_*` variables that are no setting, most likely misspelt."""
     known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__} | {"LANYARD_SECRET_KEY"}
     return sorted(name for name in env if name.startswith("LANYARD_") and name not in known)
 
 
 def _read(env: Mapping[str, str], name: str) -> str:
-    # A variable set to nothing counts as not set: that is how shells and unit files unset one.
+    # An empty variable counts as unset: shells and unit files unset it so.
     return env.get(f"LANYARD_{name}", "").strip()
 
 
-def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
     text = _read(env, name) or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
         raise SettingError(f"LANYARD_{name} must be a whole number from {low} to {high}, not {text!r}.")
@@ -169,24 +164,18 @@ def _whole(env: Mapping[str, str], name: str, default: int, low: int, high: int)
 
 
 def _flag(env: Mapping[str, str], name: str, *, default: bool = False) -> bool:
-    text = _read(env, name) or str(int(default))
-    if text not in ("0", "1"):
-        raise SettingError(f"LANYARD_{name} must be 1 or 0, not {text!r}.")
-    return text == "1"
+    return _one_of(env, name, ("1", "0") if default else ("0", "1")) == "1"
 
 
 def _one_of(env: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
-    text = _read(env, name) or choices[0]
-    if text not in choices:
-        raise SettingError(f"LANYARD_{name} must be one of {', '.join(choices)}, not {text!r}.")
+    return _matching(env, name, "|".join(choices), f"one of {', '.join(choices)}", choices[0])
+
+
+def _matching(env: Mapping[str, str], name: str, pattern: str, description: str, default: str) -> str:
+    text = _read(env, name) or default
+    if not re.fullmatch(pattern, text):
+        raise SettingError(f"LANYARD_{name} must be {description}, not {text!r}.")
     return text
-
-
-def _host(env: Mapping[str, str]) -> str:
-    host = _read(env, "HOST") or "127.0.0.1"
-    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+", host):
-        raise SettingError(f"LANYARD_HOST must be an IP address or a host name, not {host!r}.")
-    return host
 
 
 def _check_local(local: bool, host: str, proxies: int) -> None:
@@ -195,23 +184,21 @@ def _check_local(local: bool, host: str, proxies: int) -> None:
             f"LANYARD_HOST must be 127.0.0.1 while LANYARD_LOCAL=1 opens the management API, not {host!r}."
         )
     if local and proxies:
-        raise SettingError(
-            "LANYARD_TRUSTED_PROXIES must be 0 while LANYARD_LOCAL=1: local mode answers no proxy."
-        )
+        raise SettingError("LANYARD_TRUSTED_PROXIES must be 0 while LANYARD_LOCAL=1, which answers no proxy.")
 
 
 def _database_url(env: Mapping[str, str], instance: Path) -> str:
     url = _read(env, "DATABASE_URL")
     if not url:
         return f"sqlite:///{instance / 'lanyard.db'}"
-    # As others write it, too.
+    # Other tools' spellings of the scheme.
     url = re.sub(r"^postgres(ql)?://", POSTGRESQL, url)
     if url.startswith(POSTGRESQL):
         return _postgresql_url(url)
     path = url.removeprefix("sqlite:///")
-    # In-memory databases are refused: every worker would have one of its own.
+    # An in-memory database would be each worker's own.
     if path == url or path in ("", ":memory:") or "?" in path or not Path(path).is_absolute():
-        # The value is not repeated: it may hold a password.
+        # Without the value, which may hold a password.
         raise SettingError(
             "LANYARD_DATABASE_URL must be sqlite:/// and the absolute path of a file,"
             " or postgresql+psycopg://user:password@host/database."
@@ -227,29 +214,24 @@ def _postgresql_url(url: str) -> str:
         named = False
     if not named:
         raise SettingError("LANYARD_DATABASE_URL must name a database: postgresql+psycopg://host/database.")
-    # What comes behind would be shown as the host or the database.
+    # Part of the password would be shown as the host or the database.
     if "@" in parts.path or parts.netloc.count("@") > 1 or parts.fragment:
         raise SettingError(
-            "LANYARD_DATABASE_URL must have what is special in its password written as %40 for @, %2F for /,"
+            "LANYARD_DATABASE_URL must escape special characters of its password: %40 for @, %2F for /,"
             " %3A for :, %3F for ? and %23 for #."
         )
-    if odd := sorted(_NO_TEXT & {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}):
-        raise SettingError(f"LANYARD_DATABASE_URL must not set {odd[0]}, which is no option of PostgreSQL's.")
+    if odd := sorted(_NOT_IN_URL & {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}):
+        raise SettingError(f"LANYARD_DATABASE_URL must not set {odd[0]}, which is no option of PostgreSQL.")
     if find_spec("psycopg") is None:
         raise SettingError(
-            "LANYARD_DATABASE_URL needs PostgreSQL's driver:"
+            "LANYARD_DATABASE_URL needs the PostgreSQL driver:"
             " .venv/bin/pip install -r requirements-postgresql.txt."
         )
     return url
 
 
-def _without_secrets(url: str) -> str:
-    parts = urlsplit(url)
-    return f"postgresql://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def check_admin_token(token: str, where: str) -> str:
-    """The token, when it is long enough and every client can send it as Bearer (RFC 6750 §2.1)."""
+    """Return the token if it is long enough and valid as Bearer (RFC 6750 §2.1); `where` names its place."""
     if len(token) < 16 or not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
         raise SettingError(f"{where} must be at least 16 of A-Z, a-z, 0-9 and ._~+/- (RFC 6750).")
     return token
@@ -261,69 +243,54 @@ def _admin_token(env: Mapping[str, str]) -> str | None:
 
 
 def _secret_keys(env: Mapping[str, str]) -> tuple[str, ...]:
-    """Fernet keys, the first of which encrypts: 32 bytes as URL-safe base64, separated by commas."""
+    """Read Fernet keys, separated by commas; the first one encrypts."""
     keys = tuple(filter(None, _read(env, "SECRET_KEY").split(",")))
     if not all(re.fullmatch(r"[A-Za-z0-9_-]{43}=", key) for key in keys):
-        # The value is not repeated: it is a secret.
+        # Without the value, which is a secret.
         raise SettingError("LANYARD_SECRET_KEY must be Fernet keys of 44 characters, separated by commas.")
     return keys
 
 
 def _cors_origins(env: Mapping[str, str], local: bool) -> tuple[str, ...]:
-    """Origins exactly as browsers send them (RFC 6454 §6.2), separated by commas."""
+    """Read origins, separated by commas, exactly as browsers send them (RFC 6454 §6.2)."""
     origins = tuple(filter(None, map(str.strip, _read(env, "CORS_ORIGINS").split(","))))
     if local and origins:
         raise SettingError(
-            "LANYARD_CORS_ORIGINS must not be set while LANYARD_LOCAL=1: local mode answers no other site."
+            "LANYARD_CORS_ORIGINS must not be set while LANYARD_LOCAL=1, which answers no other site."
         )
     for origin in origins:
         if not _is_origin(origin):
             raise SettingError(
                 "LANYARD_CORS_ORIGINS must be origins as https://app.example.com, separated by commas,"
-                " each named in lower case, without a path and the default port"
-                f" (http is for localhost only, and * is for nobody), not {origin!r}."
+                " in lower case, without a path and without the default port"
+                f" (http is for localhost only, and * is not allowed), not {origin!r}."
             )
     return origins
 
 
 def _is_origin(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        port, host = parts.port, parts.hostname
-    except ValueError:
-        return False
-    if not host or not re.fullmatch(r"[a-z0-9.-]+|[0-9a-f:.]+", host):
-        return False
-    secure = parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK_NAMES)
-    told = f"[{host}]" if ":" in host else host
-    if port not in (None, 0, 443 if parts.scheme == "https" else 80):
-        told += f":{port}"
-    return secure and text == f"{parts.scheme}://{told}"
+    shape = r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]*)?"
+    default_port = r"https:.*:443|http:.*:80"
+    return bool(_is_secure(text) and re.fullmatch(shape, text) and not re.fullmatch(default_port, text))
 
 
-def _issuer(url: str) -> str:
-    """RFC 8414 §2: an https URL without query or fragment; plain http for this machine only."""
-    bad = SettingError(
-        "LANYARD_ISSUER must be an https URL without query or fragment"
-        f" (http is for localhost only), not {url!r}."
-    )
+def _is_secure(url: str) -> bool:
+    """Whether it is an https URL with a host and no user name, or such an http URL of this machine."""
     try:
         parts = urlsplit(url)
         secure = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK_NAMES)
-        whole = parts.hostname and parts.port != 0 and not parts.username
+        return bool(secure and parts.hostname and parts.port != 0 and "@" not in parts.netloc)
     except ValueError:
-        raise bad from None
-    # What Flask's routes or an error's quotes would take for something else is refused with the rest.
+        return False
+
+
+def _issuer(url: str) -> str:
+    """Check an issuer (RFC 8414 §2): https without query or fragment; http for this machine only."""
+    # Also without what Flask's routes or the quotes of WWW-Authenticate would interpret.
     plain = url.isascii() and url.isprintable() and not any(c in url for c in '?# \\"<>%')
-    if not (secure and whole and plain):
-        raise bad
-    return url
-
-
-def _audience(env: Mapping[str, str], issuer: str) -> str:
-    audience = _read(env, "AUDIENCE") or issuer
-    if not (audience.isascii() and audience.isprintable()) or " " in audience:
+    if not (plain and _is_secure(url)):
         raise SettingError(
-            f"LANYARD_AUDIENCE must be a URI or a plain name without spaces, not {audience!r}."
+            "LANYARD_ISSUER must be an https URL without query or fragment"
+            f" (http is for localhost only), not {url!r}."
         )
-    return audience
+    return url

@@ -32,7 +32,7 @@ import counters
 from api import Problem
 from config import state
 from database import reading, writing
-from models import FailedSignIns, Moment, new_id, now
+from models import FailedSignIns, Timestamp, new_id, now
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
 _CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")
@@ -245,17 +245,17 @@ SECRET = Limit(50, 6)
 ADDRESS = Limit(200, 1)
 
 _LOOK = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
-_NOW, _LATEST = bindparam("now", type_=Moment), bindparam("latest", type_=Moment)
+_NOW, _LATEST = bindparam("now", type_=Timestamp), bindparam("latest", type_=Timestamp)
 _KEPT = FailedSignIns.clear_at.between(_NOW, _LATEST)
 _PAUSE = bindparam("pause", type_=sa.BigInteger)  # seconds
 _LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + _PAUSE
 # In one statement, so that none of those who fail at the same time goes uncounted.
 _COUNT = (
     insert(FailedSignIns)
-    .values(key=bindparam("key"), clear_at=bindparam("clear_at", type_=Moment))
+    .values(key=bindparam("key"), clear_at=bindparam("clear_at", type_=Timestamp))
     .on_conflict_do_update(
         index_elements=[FailedSignIns.key],
-        set_={"clear_at": sa.case((_KEPT, _LATER), else_=bindparam("clear_at", type_=Moment))},
+        set_={"clear_at": sa.case((_KEPT, _LATER), else_=bindparam("clear_at", type_=Timestamp))},
     )
 )
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 import schemas
 from api import BY_OPERATOR, Blueprint
 from database import is_transient, newest_page, reading, writing
-from models import Delivery, Event, Moment, Number, Webhook, has_word, new_id, now
+from models import Delivery, Event, Number, Timestamp, Webhook, has_word, new_id, now
 
 OPERATOR = "admin"
 NOBODY = "anonymous"
@@ -31,8 +31,8 @@ _OUTBOX = sa.insert(Delivery).from_select(
         sa.bindparam("event", type_=Number),
         sa.literal("pending"),
         sa.literal(0),
-        sa.bindparam("now", type_=Moment),
-        sa.bindparam("now", type_=Moment),
+        sa.bindparam("now", type_=Timestamp),
+        sa.bindparam("now", type_=Timestamp),
     ).where(
         Webhook.is_active,
         sa.or_(

@@ -1,4 +1,4 @@
-"""The tables, their column types, and the one clock."""
+"""The tables, their column types, event types, and the current time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from flask import current_app
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine.interfaces import Dialect
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
 
 # Types of events, and the names that webhooks and filters may use for groups of them.
 EVENT_TYPES = (
@@ -42,60 +39,51 @@ _ENCRYPTED = "fernet:"  # prefix of a stored value that is encrypted
 
 
 def now() -> datetime:
-    """Return the present moment: aware UTC, cut to the whole second."""
+    """Return the current time: aware UTC, rounded down to the second."""
     return datetime.fromtimestamp(int(time.time()), UTC)
 
 
 def new_id(prefix: str) -> str:
-    """Return an identifier that is not secret: the prefix and 128 random bits, 22 characters."""
+    """Return a non-secret identifier: the prefix and 128 random bits in 22 characters."""
     return prefix + secrets.token_urlsafe(16)
 
 
-class Moment(sa.TypeDecorator[datetime]):
-    """An aware UTC datetime, kept as whole seconds since 1970."""
+class Timestamp(sa.TypeDecorator[datetime]):
+    """An aware UTC datetime, stored as whole seconds since 1970."""
 
     impl = sa.BigInteger
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        """To the database."""
         return None if value is None else int(value.timestamp())
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """From the database."""
         return None if value is None else datetime.fromtimestamp(value, UTC)
 
 
-# 2,147,483,647 tokens are three weeks' at a thousand a second. SQLite's INTEGER is as long, and numbers rows.
+# 32 bits number the tokens of three weeks at 1,000 a second. SQLite's INTEGER has 64, and autoincrements.
 Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
-class Words(sa.TypeDecorator[list[str]]):
-    """A list of strings without spaces, kept as OAuth writes scopes: joined by single spaces."""
+class SpaceDelimited(sa.TypeDecorator[list[str]]):
+    """A list of strings without spaces, stored joined by spaces, as OAuth writes scopes (RFC 6749 §3.3)."""
 
     impl = sa.Text
     cache_ok = True
 
     def process_bind_param(self, value: list[str] | None, dialect: Dialect) -> str | None:
-        """To the database."""
         return None if value is None else " ".join(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> list[str] | None:
-        """From the database."""
         return None if value is None else value.split()
 
 
 class DecryptionError(Exception):
     """A stored secret is encrypted with a key that LANYARD_SECRET_KEY does not hold."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "LANYARD_SECRET_KEY must hold the key that the database's secrets are encrypted with"
-        )
-
 
 class EncryptedText(sa.TypeDecorator[str]):
-    """Text that must be read back: encrypted with LANYARD_SECRET_KEY, in clear while that is unset.
+    """Text encrypted with LANYARD_SECRET_KEY, or stored as it is while that is unset.
 
     :raises DecryptionError: on reading a value that none of the keys decrypts.
     """
@@ -104,11 +92,9 @@ class EncryptedText(sa.TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """To the database."""
         return None if value is None else encrypt(value, current_app.config["LANYARD"].secret_keys)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
-        """From the database."""
         return None if value is None else decrypt(value, current_app.config["LANYARD"].secret_keys)
 
 
@@ -120,27 +106,24 @@ def encrypt(text: str, keys: tuple[str, ...]) -> str:
 def decrypt(stored: str, keys: tuple[str, ...]) -> str:
     """Return the text that was stored.
 
-    :raises DecryptionError: when it is encrypted, and with none of these keys.
+    :raises DecryptionError: when it is encrypted with none of these keys.
     """
     if not stored.startswith(_ENCRYPTED):
         return stored
-    if not keys:
-        raise DecryptionError
     try:
         return _fernet(keys).decrypt(stored.removeprefix(_ENCRYPTED)).decode()
-    except InvalidToken:
-        raise DecryptionError from None
+    except (InvalidToken, ValueError):  # MultiFernet raises the latter without keys
+        raise DecryptionError(
+            "LANYARD_SECRET_KEY must hold the key that the database's secrets are encrypted with"
+        ) from None
 
 
 def is_encrypted(stored: str, keys: tuple[str, ...] | None = None) -> bool:
-    """Whether a stored value is encrypted; with one of these keys, if they are given."""
-    if keys is None or not stored.startswith(_ENCRYPTED):
-        return stored.startswith(_ENCRYPTED)
+    """Whether a stored value is encrypted, with one of the keys if given."""
     try:
-        decrypt(stored, keys)
+        return stored.startswith(_ENCRYPTED) and (keys is None or decrypt(stored, keys) != stored)
     except DecryptionError:
         return False
-    return True
 
 
 @lru_cache(maxsize=16)
@@ -149,7 +132,7 @@ def _fernet(keys: tuple[str, ...]) -> MultiFernet:
 
 
 class Base(DeclarativeBase):
-    """What all tables share: names for every constraint, so that migrations can speak of them."""
+    """The base of all tables; its naming convention lets migrations refer to constraints."""
 
     metadata = sa.MetaData(
         naming_convention={
@@ -161,8 +144,8 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {
-        datetime: Moment,
-        list[str]: Words,
+        datetime: Timestamp,
+        list[str]: SpaceDelimited,
         dict[str, str]: sa.JSON,
         dict[str, Any]: sa.JSON(none_as_null=True),
     }
@@ -175,7 +158,7 @@ class Agent(Base):
     """A registered agent: an OAuth client that acts for itself."""
 
     __tablename__ = "agents"
-    # AUTOINCREMENT: a deleted agent's number, which pages are keyed by, is never given again.
+    # AUTOINCREMENT: the number of a deleted agent, a key of pages, is never reused.
     __table_args__ = {"sqlite_autoincrement": True}
 
     pk: Mapped[int] = mapped_column(Number, primary_key=True)
@@ -186,10 +169,10 @@ class Agent(Base):
     owner: Mapped[str | None]
     scopes: Mapped[list[str]]
     audiences: Mapped[list[str]]
-    # `metadata` itself is SQLAlchemy's name.
+    # SQLAlchemy reserves `metadata`.
     metadata_: Mapped[dict[str, str]] = mapped_column("metadata")
     is_active: Mapped[bool] = mapped_column(default=True)
-    # Goes up whenever all tokens must die; a token made under an older number is dead.
+    # Incremented to end all tokens: one that was issued under another version is invalid.
     token_version: Mapped[int] = mapped_column(default=1)
     token_ttl: Mapped[int | None]
     rate_limit: Mapped[int | None]
@@ -198,7 +181,7 @@ class Agent(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
-    # The minute that `rate_limit` counts in, and how many tokens were given in it.
+    # The start of the minute that `rate_limit` is for, and the number of tokens issued in it.
     minute_began_at: Mapped[datetime | None]
     minute_count: Mapped[int] = mapped_column(Number, default=0)
     token_count: Mapped[int] = mapped_column(Number, default=0)
@@ -207,33 +190,20 @@ class Agent(Base):
     last_token_issued_at: Mapped[datetime | None]
 
     @classmethod
-    def live(cls, at: datetime) -> sa.ColumnElement[bool]:
-        """`is_live` as SQL."""
+    def active(cls, at: datetime) -> sa.ColumnElement[bool]:
+        """Return `is_active` as SQL."""
         return sa.and_(cls.is_active, sa.or_(cls.expires_at.is_(None), cls.expires_at > at))
 
 
-class has_word(FunctionElement[bool]):
-    """Whether a column of Words holds a word, as SQL."""
-
-    type = sa.Boolean()
-    inherit_cache = True
-
-    def __init__(self, words: Any, word: Any) -> None:
-        # Each between spaces: no word is found in a part of another.
-        super().__init__(*(" " + sa.type_coerce(text, sa.Text) + " " for text in (words, word)))
+def has_word(words: Any, word: Any) -> sa.ColumnElement[bool]:
+    """Whether a column of space-delimited strings contains a string, as SQL."""
+    # With spaces around both, a part of a string does not match.
+    padded, wanted = (sa.literal(" ") + sa.type_coerce(text, sa.Text) + " " for text in (words, word))
+    return padded != sa.func.replace(padded, wanted, "")
 
 
-@compiles(has_word)
-def _has_word(element: has_word, compiler: SQLCompiler, **kwargs: Any) -> str:
-    name = "instr" if compiler.dialect.name == "sqlite" else "strpos"
-    return f"{name}({compiler.process(element.clauses, **kwargs)}) > 0"
-
-
-def is_live(agent: Any, at: datetime) -> bool:
-    """Whether an agent may get and use tokens at that moment: switched on and not expired.
-
-    :param agent: an Agent, or a row with its `is_active` and `expires_at`.
-    """
+def is_active(agent: Any, at: datetime) -> bool:
+    """Whether an agent may get and use tokens at that time: not deactivated and not expired."""
     return bool(agent.is_active) and (agent.expires_at is None or agent.expires_at > at)
 
 
@@ -242,7 +212,7 @@ def _agent_pk(**options: Any) -> Mapped[int]:
 
 
 class ClientSecret(Base):
-    """A client secret of an agent: its bcrypt hash, and the hint by which it is found."""
+    """A client secret of an agent: its bcrypt hash, and the hint that selects the row to verify."""
 
     __tablename__ = "client_secrets"
     __table_args__ = (sa.UniqueConstraint("agent_pk", "hint"),)
@@ -257,16 +227,16 @@ class ClientSecret(Base):
     last_used_at: Mapped[datetime | None]
 
     @classmethod
-    def live(cls, at: datetime) -> sa.ColumnElement[bool]:
-        """Whether the secret works at that moment, as SQL."""
+    def valid(cls, at: datetime) -> sa.ColumnElement[bool]:
+        """Whether the secret is valid at that time, as SQL."""
         return sa.or_(cls.expires_at.is_(None), cls.expires_at > at)
 
 
 class RefreshFamily(Base):
-    """All refresh tokens that descend from one grant: only the newest one works.
+    """The refresh tokens of one grant, of which only the newest is valid.
 
-    A token names its family, so one row tells a good token (its hash is the row's) from one used
-    before (the row is there, the hash is another); a family that ended has no row.
+    A token names its family. Its hash equals the row's if it is valid, and differs if it was used before;
+    an ended family has no row.
     """
 
     __tablename__ = "refresh_families"
@@ -284,7 +254,7 @@ class RefreshFamily(Base):
 
 
 class UsageDay(Base):
-    """How many tokens an agent was given on a day (UTC)."""
+    """The number of tokens issued to an agent on a day (UTC)."""
 
     __tablename__ = "usage_days"
     __table_args__ = {"sqlite_with_rowid": False}
@@ -308,7 +278,7 @@ class Rotation(Base):
 
 
 class SpentAssertion(Base):
-    """A client assertion that was used: kept until it would have expired, so that it works once."""
+    """A used client assertion, stored until it expires, so that it works once (RFC 7523 §3)."""
 
     __tablename__ = "spent_assertions"
     __table_args__ = {"sqlite_with_rowid": False}
@@ -319,7 +289,7 @@ class SpentAssertion(Base):
 
 
 class FailedSignIns(Base):
-    """How long the failed sign-ins from an address are remembered, as one moment (a leaky bucket)."""
+    """When the failed sign-ins from an address are forgotten (a leaky bucket)."""
 
     __tablename__ = "failed_sign_ins"
     __table_args__ = {"sqlite_with_rowid": False}
@@ -329,9 +299,9 @@ class FailedSignIns(Base):
 
 
 class Event(Base):
-    """Something that happened: written with the change it tells of, never changed after."""
+    """An entry of the audit log: written in the transaction of the change, never changed."""
 
-    # Numbers grow with time and so page and age the log; every token would pay for more indexes here.
+    # No index on `created_at`, which every token would pay for: `pk` grows with it.
     __tablename__ = "events"
 
     pk: Mapped[int] = mapped_column(Number, primary_key=True)
@@ -339,7 +309,7 @@ class Event(Base):
     type: Mapped[str] = mapped_column(sa.String(32))
     created_at: Mapped[datetime]
     actor: Mapped[str] = mapped_column(sa.String(36))
-    # No foreign key: the log tells of deleted agents too.
+    # No foreign key: the log includes deleted agents.
     agent_id: Mapped[str | None] = mapped_column(sa.String(36), index=True)
     address: Mapped[str | None]
     request_id: Mapped[str | None]
@@ -347,7 +317,7 @@ class Event(Base):
 
 
 class Webhook(Base):
-    """Where to tell of events, and of which."""
+    """A URL to deliver events of some types to."""
 
     __tablename__ = "webhooks"
     __table_args__ = {"sqlite_autoincrement": True}
@@ -360,18 +330,18 @@ class Webhook(Base):
     max_retries: Mapped[int]
     is_active: Mapped[bool] = mapped_column(default=True)
     secret: Mapped[str] = mapped_column(EncryptedText)
-    # Signs beside the new one until its time is over, for a rotation without downtime.
+    # Signs besides `secret` until it expires, for a rotation without downtime.
     old_secret: Mapped[str | None] = mapped_column(EncryptedText)
     old_secret_expires_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
-    # Since when nothing but failures: after five days of that it is switched off.
+    # The first of the latest deliveries, all failed; after five days of that the webhook is disabled.
     failing_since: Mapped[datetime | None]
     disabled_reason: Mapped[str | None]
 
 
 class Delivery(Base):
-    """One event on its way to one webhook: written with the event, so that neither is lost alone."""
+    """One event to deliver to one webhook (the outbox): written in the transaction of the event."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -386,7 +356,7 @@ class Delivery(Base):
     status: Mapped[str] = mapped_column(sa.String(10), default="pending")
     attempts: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime]
-    # When to try next; none when it is over.
+    # None when no attempt will follow.
     next_attempt_at: Mapped[datetime | None]
     last_attempt_at: Mapped[datetime | None]
     response_status: Mapped[int | None]
@@ -395,7 +365,7 @@ class Delivery(Base):
 
 
 class RevokedToken(Base):
-    """A `jti`, or the part of one that all access tokens of a grant share, refused until it expires."""
+    """A revoked `jti`, or the part of it that all access tokens of a grant share, until they expire."""
 
     __tablename__ = "revoked_tokens"
     __table_args__ = {"sqlite_with_rowid": False}
@@ -405,14 +375,14 @@ class RevokedToken(Base):
 
 
 class SigningKey(Base):
-    """A private key that access tokens are signed with, as a JWK (RFC 7517).
+    """A private key that signs access tokens, as a JWK (RFC 7517).
 
     The clock alone decides its state: published from `created_at`, signing from `signs_from` until
     a newer key signs, retired then, and gone from `gone_at`, which a rotation sets.
     """
 
     __tablename__ = "signing_keys"
-    # AUTOINCREMENT: the highest number tells a worker whether it has seen the newest key.
+    # AUTOINCREMENT: a worker compares the highest number with that of its newest key.
     __table_args__ = {"sqlite_autoincrement": True}
 
     pk: Mapped[int] = mapped_column(Number, primary_key=True)
@@ -424,5 +394,5 @@ class SigningKey(Base):
     gone_at: Mapped[datetime | None]
 
 
-# Selected with whatever is read before signing: it tells whether this process has read the newest key.
+# Selected with every read before signing, to see whether this process has the newest key.
 NEWEST_KEY = sa.select(sa.func.max(SigningKey.pk)).scalar_subquery()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from authlib.integrations.flask_oauth2 import AuthorizationServer
 from authlib.oauth2 import OAuth2Error
@@ -125,13 +126,14 @@ def init_app(app: Flask, settings: Settings) -> None:
     server.register_endpoint(Introspection)
     server.register_endpoint(Revocation)
     state(app).oauth_server = server
-    if settings.issuer_path:  # RFC 8414 §3.1: such an issuer has its metadata at another path
+    issuer_path = urlsplit(settings.issuer).path.rstrip("/")
+    if issuer_path:  # RFC 8414 §3.1: such an issuer has its metadata at another path
         for name, view in (
             ("oauth-authorization-server", authorization_server),
             ("openid-configuration", authorization_server),
             ("oauth-protected-resource", protected_resource),
         ):
-            path = name + settings.issuer_path
+            path = name + issuer_path
             app.add_url_rule(f"/.well-known/{path}", path, view)
 
 

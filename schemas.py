@@ -13,7 +13,7 @@ from marshmallow.validate import Length, OneOf, Range
 
 from api import PublicKeys, StrictBoolean, StrictInteger, Text, Timestamp, audience, doc, no_repeats, scope
 from config import DAY, VERSION
-from models import EVENT_GROUPS, EVENT_TYPES, is_live, now
+from models import EVENT_GROUPS, EVENT_TYPES, is_active, now
 
 CENTURY = 36_525 * DAY
 PAGE_SIZE_MAX = 200
@@ -229,7 +229,7 @@ class Agent(Response):
     metadata = fields.Dict(values=fields.String(), **_METADATA)
     # An expired agent is treated as deactivated.
     is_active = fields.Function(
-        lambda agent: is_live(agent, now()),
+        lambda agent: is_active(agent, now()),
         **doc("False while it is deactivated or expired.", True, type="boolean", readOnly=False),
     )
     token_ttl = fields.Integer(allow_none=True, **_TOKEN_TTL)

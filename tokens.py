@@ -22,16 +22,16 @@ from api import Problem
 from client_auth import COLUMNS, AuthenticationFailed, Client
 from config import DAY, Settings, settings
 from database import reading, writing
-from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, now
+from models import Agent, ClientSecret, RefreshFamily, RevokedToken, Timestamp, UsageDay, now
 
 log = logging.getLogger("lanyard")
 
 FAMILY_TTL = 30 * DAY
 MINUTE = 60  # seconds
 
-_NOW: Any = bindparam("now", type_=Moment)
+_NOW: Any = bindparam("now", type_=Timestamp)
 _LIVE_AGENT = sa.and_(
-    Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.live(_NOW)
+    Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.active(_NOW)
 )
 _ACTIVITY = {"last_activity_at": _NOW, "last_token_issued_at": _NOW}
 _COUNT_TOKEN = sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
@@ -51,9 +51,9 @@ _REFRESH_DAY = (
 )
 _IS_NEW_MINUTE = sa.or_(
     Agent.minute_began_at.is_(None),
-    Agent.minute_began_at <= bindparam("minute_ago", type_=Moment),
+    Agent.minute_began_at <= bindparam("minute_ago", type_=Timestamp),
     # It began before the clock was set back; a request that waited for the lock is only a little behind.
-    Agent.minute_began_at > bindparam("minute_ahead", type_=Moment),
+    Agent.minute_began_at > bindparam("minute_ahead", type_=Timestamp),
 )
 _IS_UNDER_LIMIT = sa.or_(_IS_NEW_MINUTE, Agent.minute_count < Agent.rate_limit)
 _READ_LIMIT = sa.select(_IS_UNDER_LIMIT.label("is_under_limit"), Agent.minute_began_at).where(

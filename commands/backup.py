@@ -14,8 +14,8 @@ from config import VERSION, Settings
 from database import ENCRYPTED, error_text
 from migrations import upgrade
 from models import Base, is_encrypted, now
-from storage.files import give_to_owner_of, sync_folder
-from storage.sqlite import nobody_serving, open_read_only
+from storage.files import copy_owner, sync_folder
+from storage.sqlite import no_server, open_read_only
 
 PAGES = 1024  # copied at a time: some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
@@ -53,11 +53,11 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         # Held to the end: a server that starts meanwhile waits for the restored database.
-        with nobody_serving(settings), draft_beside(target) as draft:
+        with no_server(settings), draft_beside(target) as draft:
             _copy(file, draft, progress)
             _bring_up_to_date(draft, str(file))
             check_secrets(settings, draft, str(file))
-            give_to_owner_of(target if target.exists() else target.parent, draft)
+            copy_owner(target if target.exists() else target.parent, draft)
             kept = _set_aside(target)
             put_in_place(draft, target)
             return kept

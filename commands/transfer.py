@@ -55,9 +55,9 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> None:
     :raises BackupError: when a server runs, the database is in use, or `file` cannot be restored.
     :raises SettingError: when the database cannot be used.
     """
-    with backup.up_to_date(file) as current, postgresql.alone(settings):
+    with backup.up_to_date(file) as current, postgresql.startup_lock(settings):
         backup.check_secrets(settings, current, str(file))
-        # Servers that start from here on wait for the lock that `alone` holds.
+        # Servers that start from here on wait for the lock that `startup_lock` holds.
         if postgresql.is_serving(settings):
             raise BackupError("A server runs on this instance: stop it first.")
         with (

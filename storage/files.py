@@ -1,4 +1,4 @@
-"""Files that must stay their owner's, and outlive a power cut."""
+"""Owners of files, and directory entries that survive a power cut."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 
-def give_to_owner_of(model: Path, file: Path) -> None:
-    """What root writes for the server must stay the server's: give it the owner of `model`."""
+def copy_owner(source: Path, target: Path) -> None:
+    """Give `target` the owner of `source` when root runs this, so that the server can still use its files."""
     if os.geteuid() == 0:
-        found = model.stat()
-        os.chown(file, found.st_uid, found.st_gid)
+        status = source.stat()
+        os.chown(target, status.st_uid, status.st_gid)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given, changed or taken in the folder durable."""
+    """Write the folder's entries (files created, renamed or deleted in it) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,16 @@
-"""SQLite's ways: one file, its pragmas, its one write lock, and the lock files beside it."""
+"""The SQLite backend: the file, its pragmas, its one write lock, and the lock files beside it."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sqlite3
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -18,60 +19,75 @@ import sqlalchemy as sa
 from flask import Flask
 from gevent import monkey
 
-from storage.files import give_to_owner_of
+from storage.files import copy_owner
 
 if TYPE_CHECKING:
     from config import Settings
 
 # Locked by another process, read-only, failing, full, or not to be opened.
-_TRANSIENT = {
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-}
-BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
-SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
+_TRANSIENT = re.compile("SQLITE_(BUSY|LOCKED|READONLY|IOERR|FULL|CANTOPEN)")
+BUSY_TIMEOUT = 5.0  # seconds to wait for the write lock
+SHORT_TIMEOUT = (
+    0.25  # seconds for a transaction that may fail and be repeated; 0 would always fail under load
+)
 
-CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
-PROMPT = 0.005  # seconds a request that waits for the lock keeps the process to itself
+CHECKPOINT = 4000  # pages (16 MB) that the WAL grows to before a checkpoint, which costs two fsyncs
+NATIVE_SLEEP = 0.005  # seconds a request that waits for the lock keeps the process to itself
 SHORTEST_SLEEP = 0.0001  # seconds
 LONGEST_SLEEP = 0.001  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
 
 _native_sleep = monkey.get_original("time", "sleep")
 
-# Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
-# process wait briefly, or all of its requests would queue up behind the lock.
-_is_stuck = threading.Event()
 _turn = threading.Lock()
 
 
 def url(settings: Settings) -> sa.URL:
-    """The database's address, as SQLAlchemy takes it."""
-    # mode=rw: a file that vanished is an error to report, not a reason for a new and empty one.
+    """Return the database's URL for SQLAlchemy."""
+    # mode=rw: a missing file is an error to report, never replaced by a new and empty one.
     file = f"file:{quote(str(settings.database_file))}"
     return sa.URL.create("sqlite", database=file, query={"mode": "rw", "uri": "true"})
 
 
 def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
-    """The same for the engine's options."""
+    """Return the engine's options."""
     return {"connect_args": {"timeout": BUSY_TIMEOUT}, "paramstyle": "named"}
 
 
 def listen(engine: sa.Engine, serving: bool) -> None:
-    """Have the engine open connections, and begin transactions, our way."""
-    sa.event.listen(engine, "connect", _on_connect)
+    """Set the pragmas of every new connection."""
+
+    @sa.event.listens_for(engine, "connect")
+    def set_pragmas(driver: sqlite3.Connection, record: Any) -> None:
+        driver.execute("PRAGMA foreign_keys = ON")
+        driver.execute("PRAGMA synchronous = FULL")
+        driver.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
+        record.info["synchronous"] = "FULL"
 
 
 def open_database(settings: Settings) -> None:
-    """See that there is a sound file, mode 0600, in WAL mode.
+    """Check the file, or create it, with mode 0600 and in WAL mode.
 
-    :raises sqlite3.DatabaseError: when it is no database, or not whole.
+    :raises sqlite3.DatabaseError: when it is damaged or no database.
     """
-    _refuse_damaged(settings.database_file)
-    _use_wal(settings.database_file)
+    path = settings.database_file
+    if path.exists():
+        # Before the first write, which might damage it further.
+        with closing(open_read_only(path)) as connection:
+            if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
+    # The -wal and -shm files take the database file's mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    os.chmod(path, 0o600)
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")  # stored in the file
+
+
+def open_read_only(file: Path) -> sqlite3.Connection:
+    """Open a connection that cannot write.
+
+    :raises sqlite3.OperationalError: when there is no such file.
+    """
+    return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
 
 
 def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, exclusive: bool) -> None:
@@ -81,22 +97,14 @@ def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, ex
     if connection.info["synchronous"] != level:
         connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
         connection.info["synchronous"] = level
-    patient = patient and not _is_stuck.is_set()
-    try:
-        _take_write_lock(connection, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
-    except sa.exc.OperationalError:
-        if patient:
-            _is_stuck.set()
-        raise
-    _is_stuck.clear()
+    _take_write_lock(connection, BUSY_TIMEOUT if patient else SHORT_TIMEOUT)
 
 
 def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
-    """BEGIN IMMEDIATE as soon as the lock is free.
+    """Poll for the lock, one request of the process at a time: early ones would starve, as it has no queue.
 
-    SQLite's own busy timeout would block every other request of this process, and sleeps for a millisecond
-    and more, in which another process could have written five times. Its lock has no queue: within a
-    process the requests take turns, or early ones would starve.
+    SQLite's own busy timeout would block every other request of the process, and sleeps for a millisecond
+    and more, in which another process could have written five times.
 
     :raises sa.exc.OperationalError: when it is not free within so many seconds.
     """
@@ -114,7 +122,7 @@ def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     break
             # Another process mostly has the lock for less than a millisecond: yielding at once would miss it.
-            if moment - yielded < PROMPT:
+            if moment - yielded < NATIVE_SLEEP:
                 _native_sleep(min(max(SHORTEST_SLEEP, (moment - started) / 4), LONGEST_SLEEP))
             else:
                 time.sleep(SHORTEST_SLEEP)  # under gevent the other requests of this process go on
@@ -128,9 +136,9 @@ def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
 
 
 def is_transient(error: Any) -> bool:
-    """Whether the driver's error is of the kind that ends by itself or by the operator's hand."""
-    # The low byte of the extended codes.
-    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in _TRANSIENT
+    """Whether the driver's error ends by itself or when the operator acts."""
+    # Extended codes, as SQLITE_IOERR_READ, begin with the primary one's name.
+    return isinstance(error, sqlite3.OperationalError) and bool(_TRANSIENT.match(error.sqlite_errorname))
 
 
 def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
@@ -139,127 +147,77 @@ def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
     return {name: os.path.getsize(path) if os.path.exists(path) else 0 for name, path in files.items()}
 
 
+@contextmanager
+def startup_lock(settings: Settings) -> Iterator[None]:
+    """Hold a lock under which one process at a time opens the database and changes its schema."""
+    settings.database_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(_lock(settings, "lock", fcntl.LOCK_EX)):
+        yield
+
+
 def mark_serving(app: Flask, settings: Settings) -> Callable[[], object]:
-    """Mark the database as used by a server, until the last process of this server ends.
+    """Mark the database as used by a server, and return what ends the mark.
 
-    Waits while a process that must have the file alone has it. The kernel frees the lock, whatever happens.
-
-    :returns: what ends the mark before that.
+    Wait while `no_server` holds the lock. The workers, forked from this process, share the mark.
     """
-    path = settings.database_file
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(f"{path}.serving", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    # The workers, forked from this process, share it. It ends with the app, but not while the process exits.
-    ended = weakref.finalize(app, os.close, lock)
-    ended.atexit = False
+    ended = weakref.finalize(app, os.close, _lock(settings, "serving", fcntl.LOCK_SH))
+    ended.atexit = False  # the mark stays until the process has ended
     return ended
 
 
 @contextmanager
-def nobody_serving(settings: Settings) -> Iterator[None]:
+def no_server(settings: Settings) -> Iterator[None]:
     """Keep servers from starting on the database.
 
     :raises BlockingIOError: when one runs.
     """
-    path = settings.database_file
-    name = Path(f"{path}.serving")
-    with open(os.open(name, os.O_RDWR | os.O_CREAT, 0o600)) as lock:
-        give_to_owner_of(path.parent, name)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(_lock(settings, "serving", fcntl.LOCK_EX | fcntl.LOCK_NB)):
         yield
 
 
 def is_serving(settings: Settings) -> bool:
-    """Whether a server uses the database; leaves no file behind."""
-    try:
-        lock = os.open(f"{settings.database_file}.serving", os.O_RDWR)
-    except FileNotFoundError:
+    """Whether a server uses the database; creates no file."""
+    if not os.path.exists(f"{settings.database_file}.serving"):
         return False
-    try:
-        return not (_can_have(lock) or _can_have(lock))
-    finally:
-        os.close(lock)
-
-
-def _can_have(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        time.sleep(0.01)  # another may look at this moment, too
-        return False
+    for _ in range(2):
+        with suppress(BlockingIOError), no_server(settings):
+            return False
+        time.sleep(0.01)  # another process may hold the lock for the same check
     return True
 
 
 class Lease:
-    """The right to deliver webhooks: a lock on a file, which the kernel frees when its process dies."""
+    """The right to deliver webhooks: a file lock, which the kernel frees when the process ends."""
 
     def __init__(self, settings: Settings) -> None:
-        self._path = f"{settings.database_file}.deliverer"
+        self._settings = settings
         self._file: int | None = None
-        self._is_mine = False
 
     def take(self) -> bool:
-        """Whether it is this process's, now.
+        """Whether this process has the lease, after trying to take it.
 
         :raises OSError: when the file cannot be opened.
         """
-        if self._is_mine:
-            return True
         if self._file is None:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        self._is_mine = True
-        return True
+            with suppress(BlockingIOError):
+                self._file = _lock(self._settings, "deliverer", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self._file is not None
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Give the lease up."""
         if self._file is not None:
             os.close(self._file)
-        self._file, self._is_mine = None, False
+        self._file = None
 
 
-def open_read_only(file: Path) -> sqlite3.Connection:
-    """A connection that changes nothing.
-
-    :raises sqlite3.OperationalError: when there is no such file.
-    """
-    return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
-
-
-@contextmanager
-def alone(settings: Settings) -> Iterator[None]:
-    """Hold a lock file beside the database, so that processes starting together take turns."""
-    path = settings.database_file
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _refuse_damaged(path: Path) -> None:
-    """Look at every page before the first write, which might make a damaged file worse."""
-    if not path.exists():
-        return
-    with closing(open_read_only(path)) as connection:
-        sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-    if not sound:
-        raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
-
-
-def _use_wal(path: Path) -> None:
-    # The -wal and -shm files take the database file's mode.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(path, 0o600)
-    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")  # remembered in the file
-
-
-def _on_connect(driver: sqlite3.Connection, record: Any) -> None:
-    driver.execute("PRAGMA foreign_keys = ON")
-    driver.execute("PRAGMA synchronous = FULL")
-    driver.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT}")
-    record.info["synchronous"] = "FULL"
+def _lock(settings: Settings, name: str, operation: int) -> int:
+    """Lock a file beside the database, and return its descriptor, whose closing frees the lock."""
+    path = Path(f"{settings.database_file}.{name}")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        copy_owner(path.parent, path)
+        fcntl.flock(lock, operation)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock

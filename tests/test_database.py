@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from flask.testing import FlaskClient
 
 import models
 from app import create_app
+from config import HERE
 from database import reading, writing
 from models import Agent, SigningKey, db
 from storage import postgresql, sqlite
@@ -160,6 +163,67 @@ def test_an_error_rolls_everything_back(app: Flask) -> None:
             connection.execute(sa.update(SigningKey).values(alg="none"))
             raise RuntimeError
         assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["RS256"]
+
+
+def test_a_transaction_inside_another_is_refused(app: Flask) -> None:
+    with app.app_context():
+        with writing() as connection:
+            with pytest.raises(RuntimeError, match="inside"), writing():
+                pass
+            with reading() as inner:
+                assert inner is connection
+        with writing():
+            pass
+
+
+CONCURRENT_CLIENTS = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+from pathlib import Path
+import gevent, greenlet
+import sqlalchemy as sa
+from app import create_app
+from config import HERE
+from conftest import OPERATOR, Operator, ask_refresh, ask_token, settings_for
+from models import db
+from storage import sqlite
+
+app = create_app(settings_for(Path(sys.argv[1])), serving=True)
+begin_writing, writers, switched = sqlite.begin_writing, [], []
+
+def begin(connection, **options):
+    begin_writing(connection, **options)
+    writers.append(greenlet.getcurrent())
+
+def use(number):
+    operator, client = Operator(app), app.test_client()
+    agent = operator.create()
+    for _ in range(3):
+        token = ask_token(client, agent).json
+        ask_refresh(client, token["refresh_token"])
+        ask_refresh(client, token["refresh_token"])
+        ask_token(client, {**agent, "client_secret": "wrong"})
+        bearer = {"Authorization": f"Bearer {token['access_token']}"}
+        client.post("/api/agents/me/deactivate", json={}, headers=bearer)
+        operator.act(agent, "reactivate")
+        agent |= operator.act(agent, "rotate").json
+
+sqlite.begin_writing = begin
+with app.app_context():
+    sa.event.listen(db.engine, "checkin", lambda *_: writers.clear())
+greenlet.settrace(lambda event, ends: switched.append(ends[0].gr_frame) if ends[0] in writers else None)
+gevent.joinall([gevent.spawn(use, number) for number in range(5)], raise_error=True)
+assert not switched, switched
+"""
+
+
+@pytest.mark.sqlite
+def test_no_greenlet_yields_between_begin_and_commit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CONCURRENT_CLIENTS, str(tmp_path)]
+    path = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_deleting_an_agent_leaves_nothing_of_it(

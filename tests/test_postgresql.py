@@ -37,6 +37,7 @@ from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
 from test_serving import token_body
 
 import credentials
+import database
 import events
 from app import create_app
 from commands import doctor
@@ -70,7 +71,7 @@ def hosts(tmp_path: Path, first_start: Path) -> Iterator[list[Server]]:
 def calm() -> Iterator[None]:
     """What a test broke makes the next one's app impatient, which is of the same process."""
     yield
-    postgresql._is_stuck.clear()
+    database._is_stuck.clear()
     postgresql._is_silent.clear()
 
 
