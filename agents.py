@@ -14,6 +14,7 @@ import credentials
 import events
 import schemas
 from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem
+from config import settings
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
 
@@ -169,7 +170,7 @@ def show_my_usage() -> dict[str, Any]:
 @self_service.errors(409, conflict=_NO_SECRET)
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
-    secret = credentials.checker().make()
+    secret = credentials.new_client_secret(settings().bcrypt_cost)
     with writing() as connection:
         rotate(connection, _myself(connection), secret, rotated_by="self", **fields)
     return {"client_secret": secret.text}
@@ -200,7 +201,7 @@ def create(fields: dict[str, Any]) -> dict[str, Any]:
     :returns: what `schemas.AgentCreated` shows; no secret for an agent that signs in by its keys.
     """
     by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
-    secret = None if by_key else credentials.checker().make()
+    secret = None if by_key else credentials.new_client_secret(settings().bcrypt_cost)
     row = {"id": str(uuid.uuid4()), "client_id": credentials.new_client_id(), "created_at": now()}
     row |= {"scopes": [], "audiences": [], "metadata": {}, **_columns(fields)}
     with writing() as connection:
@@ -308,7 +309,7 @@ def delete(connection: sa.Connection, agent: Any) -> None:
 
 def rotate_by_operator(agent_id: str, fields: dict[str, Any]) -> dict[str, str]:
     """Give the agent a new client secret; `fields` as `schemas.Rotate` loads them."""
-    secret = credentials.checker().make()
+    secret = credentials.new_client_secret(settings().bcrypt_cost)
     with writing() as connection:
         rotate(connection, find(connection, agent_id), secret, rotated_by="admin", **fields)
     return {"client_secret": secret.text}

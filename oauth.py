@@ -28,7 +28,6 @@ from flask import Flask, Request, Response, g, jsonify, request
 
 import auth
 import client_auth
-import counters
 import credentials
 import events
 import keys
@@ -234,7 +233,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         """Issue and keep the tokens. Authlib's own would write them to its debug log."""
         token = self.generate_token(scope=self.request.payload.scope)
         tokens.start_family(self.client, token)
-        counters.count_token("issued")
+        events.TOKENS_ISSUED.inc()
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
 
@@ -264,11 +263,11 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         """Issue the tokens, and put the new refresh token in the old one's place."""
         token = self.generate_token(scope=self.scope)
         tokens.rotate_family(self.client, token)
-        counters.count_token("refreshed")
+        events.TOKENS_REFRESHED.inc()
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
     def _narrowed_scope(self) -> str:
-        held = self.client.held_scopes
+        held = self.client.granted_scopes
         asked = self.request.payload.scope
         wanted = asked.split(" ") if asked else held
         if not set(wanted) <= set(held) or (self.client.row.family_scopes and not held):
@@ -277,7 +276,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
 
     def _narrowed_audiences(self) -> list[str]:
         # RFC 8707 §2.2: the audiences granted, or fewer.
-        held = self.client.held_audiences
+        held = self.client.granted_audiences
         wanted = _resources(self.request) or held
         if not wanted or not set(wanted) <= set(held):
             raise InvalidTargetError()
@@ -430,13 +429,13 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
         """End it, in every worker, before the answer."""
         if isinstance(token.agent, client_auth.Client):
             if tokens.end_family(token.agent, "token.revoked"):
-                counters.count_token("revoked")
+                events.TOKENS_REVOKED.inc()
             return
         with writing(exclusive=False) as connection:
             expires_at = datetime.fromtimestamp(token.facts["exp"], UTC)
             tokens.revoke(connection, token.facts["jti"], expires_at)
             events.record(connection, "token.revoked", token.agent, token="access")
-        counters.count_token("revoked")
+        events.TOKENS_REVOKED.inc()
 
 
 def _access_token(text: str) -> KnownToken | None:
@@ -453,7 +452,7 @@ def _refresh_token(text: str) -> KnownToken | None:
     if client is None:
         return None
     row = client.row
-    scopes, audiences = client.held_scopes, client.held_audiences
+    scopes, audiences = client.granted_scopes, client.granted_audiences
     if not audiences or (row.family_scopes and not scopes):
         return None
     return KnownToken(

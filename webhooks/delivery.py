@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
-import counters
 import events
 from api import rfc3339
 from config import DAY, VERSION, settings
@@ -288,7 +287,7 @@ def _settle(parcel: Parcel, outcome: Outcome) -> None:
         # A redelivery that was asked for meanwhile is still to come.
         if delivery.next_attempt_at == parcel.due_at:
             changes |= _next_step(delivery.attempts + 1, webhook.max_retries, outcome)
-            counters.count_attempt(changes["status"])
+            events.ATTEMPTS.labels(changes["status"]).inc()
         connection.execute(sa.update(Delivery).where(Delivery.pk == delivery.pk).values(changes))
         # A webhook that was given another address meanwhile has not failed there.
         if webhook.url == parcel.url:
