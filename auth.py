@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import keys
 from api import Problem, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
-from models import Agent, RevokedToken, SigningKey, is_live, now
+from models import Agent, Moment, RevokedToken, SigningKey, now
 from storage.files import give_to_owner_of, sync_folder
 
 log = logging.getLogger("lanyard")
@@ -44,27 +45,19 @@ _FORWARDING_HEADERS = re.compile(
 )
 
 
-class ClaimsRegistry(JWTAccessTokenClaims.registry_cls):
-    """joserfc's rules, but for `iat`."""
-
-    def validate_iat(self, value: object) -> None:
-        """Accept an `iat` in the future: the newest tokens have one after the clock was set back."""
-
-
 class Claims(JWTAccessTokenClaims):
-    """The claims of an access token."""
+    """The claims of an access token, by Authlib's rules but for `iat`."""
 
-    registry_cls = ClaimsRegistry
+    class registry_cls(JWTAccessTokenClaims.registry_cls):
+        def validate_iat(self, value: object) -> None:
+            """Accept an `iat` in the future: the newest tokens have one after the clock was set back."""
 
 
 class AccessTokenValidator(JWTBearerTokenValidator):
     """Validate a token as RFC 9068 §4 says, and refuse it once the token or its agent has been ended."""
 
     def authenticate_token(self, token_string: str) -> JWTAccessTokenClaims:
-        """Return the claims of a token with a valid signature.
-
-        :raises InvalidTokenError: when it is malformed or the signature is invalid.
-        """
+        """Return the claims of a token, after a check of its signature."""
         try:
             token = keys.verify(token_string)
         except (JoseError, ValueError, TypeError):
@@ -86,8 +79,8 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token.validate(now=int(now().timestamp()))
         except JoseError:
             raise InvalidTokenError() from None
-        agent = _agent_of(token)
-        if agent is None or not is_live(agent, now()):
+        agent = _find_agent(token)
+        if agent is None:
             raise InvalidTokenError()
         # A scope that was taken from the agent no longer counts in tokens issued before.
         valid_scopes = [scope for scope in token["scope"].split() if scope in agent.scopes]
@@ -96,7 +89,8 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         token.agent, token.scopes = agent, valid_scopes
 
 
-# The agent of a token, unless the token, its grant, its version or its signing key has been ended.
+_NOW: Any = bindparam("now", type_=Moment)
+# The agent of a token, unless the agent, the token, its grant, its version or its signing key has ended.
 _AGENT_OF_TOKEN = (
     sa.select(Agent)
     .join(SigningKey, SigningKey.kid == bindparam("kid"))
@@ -104,12 +98,13 @@ _AGENT_OF_TOKEN = (
         Agent.client_id == bindparam("client_id"),
         Agent.id == bindparam("agent_id"),
         Agent.token_version == bindparam("version"),
+        Agent.live(_NOW),
         ~sa.exists().where(RevokedToken.id.in_([bindparam("jti"), bindparam("grant")])),
     )
 )
 
 
-def _agent_of(token: JWTAccessTokenClaims) -> Any:
+def _find_agent(token: JWTAccessTokenClaims) -> Any:
     jti = str(token["jti"])
     values = {
         "jti": jti,
@@ -118,6 +113,7 @@ def _agent_of(token: JWTAccessTokenClaims) -> Any:
         "client_id": token["client_id"],
         "agent_id": token.get("agent_id"),
         "version": token.get("ver"),
+        "now": now(),
     }
     with reading() as connection:
         return connection.execute(_AGENT_OF_TOKEN, values).first()
@@ -129,15 +125,15 @@ def require_agent() -> None:
     :raises Problem: 401.
     """
     _require(None)
-    events.set_caller(g.agent.id, g.agent.client_id)
 
 
 def require_operator() -> None:
-    """Require the admin token, or an access token with the scope `admin`.
+    """Require the admin token, an access token with the scope `admin`, or in local mode no credentials.
 
-    :raises Problem: 401 or 403.
+    :raises Problem: 401, 403 or 429.
     """
-    if is_operator():
+    is_open = settings().local and "Authorization" not in request.headers
+    if is_open or carries_admin_token():
         events.set_caller(events.OPERATOR)
         return
     try:
@@ -146,7 +142,6 @@ def require_operator() -> None:
         if problem.status == 401 and "Authorization" in request.headers:
             events.count_failure(None, is_recorded=True)
         raise
-    events.set_caller(g.agent.id, g.agent.client_id)
 
 
 def inspect_token(token_string: str) -> tuple[dict[str, Any], Any] | None:
@@ -163,17 +158,13 @@ def inspect_token(token_string: str) -> tuple[dict[str, Any], Any] | None:
     return {**token, "scope": " ".join(token.scopes)}, token.agent
 
 
-def is_admin() -> bool:
-    """Whether the request's access token has the scope `admin`."""
-    return ADMIN_SCOPE in g.scopes
-
-
 def _require(scope: str | None) -> None:
     protector = ResourceProtector()
     protector.register_token_validator(AccessTokenValidator(settings().issuer, settings().audience))
     try:
         token = protector.validate_request([scope] if scope else None, request)
         g.agent, g.scopes = token.agent, token.scopes
+        events.set_caller(g.agent.id, g.agent.client_id)
     except InvalidTokenError:
         events.count_failure("access_token")
         raise _challenge(401, "invalid_token", _INVALID) from None
@@ -218,13 +209,6 @@ def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
     if settings.local:
         app.before_request(_refuse_foreign_requests)
-
-
-def is_operator() -> bool:
-    """Whether the request has the admin token, or comes without credentials in local mode."""
-    if "Authorization" not in request.headers:
-        return settings().local
-    return carries_admin_token()
 
 
 def carries_admin_token() -> bool:
@@ -274,19 +258,16 @@ def _admin_token() -> str | None:
     if settings().admin_token:
         return settings().admin_token
     path = admin_token_file(settings())
-    try:
-        status = os.stat(path)
-    except OSError:
-        return _read_changed(path, None)
-    return _read_changed(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+    stamp = None
+    with suppress(OSError):
+        status = path.stat()
+        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return _read_changed(path, stamp)
 
 
 @lru_cache(maxsize=1)
-def _read_changed(path: Path, stamp: tuple[int, int, int] | None) -> str | None:
-    """Read the admin token again when the file's stamp has changed.
-
-    The stamp is taken before the file is read: a change between the two is read the next time.
-    """
+def _read_changed(path: Path, stamp: object) -> str | None:
+    # The stamp is taken before the file is read: a change between the two is read the next time.
     try:
         return read_admin_token(path)
     except (OSError, ValueError, SettingError) as error:

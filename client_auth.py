@@ -10,7 +10,13 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 import sqlalchemy as sa
-from authlib.oauth2.rfc6749 import ClientMixin, InvalidClientError, InvalidRequestError, OAuth2Request
+from authlib.oauth2.rfc6749 import (
+    ClientMixin,
+    InvalidClientError,
+    InvalidRequestError,
+    InvalidScopeError,
+    OAuth2Request,
+)
 from authlib.oauth2.rfc7523.client import ASSERTION_TYPE, JWTBearerClientAssertion
 from joserfc import jwt
 from joserfc.errors import JoseError
@@ -89,18 +95,8 @@ class AuthenticationFailed(InvalidClientError):
         self.reason = reason
 
     def get_headers(self) -> list[tuple[str, str]]:
-        """Return Authlib's headers, with the challenge of RFC 7617 §2."""
-        headers = [header for header in super().get_headers() if header[0] != "WWW-Authenticate"]
-        return [*headers, ("WWW-Authenticate", 'Basic realm="lanyard"')]
-
-
-class AssertionFailed(AuthenticationFailed):
-    """`invalid_client` for an assertion, with one text for everything checked before the signature."""
-
-    description = "Client authentication failed: check the client id and the key that signs."
-
-    def __init__(self, description: str | None = None) -> None:
-        super().__init__(description, reason="assertion")
+        """Return the challenge of RFC 7617 §2 in place of Authlib's."""
+        return [*super(InvalidClientError, self).get_headers(), ("WWW-Authenticate", 'Basic realm="lanyard"')]
 
 
 class Client(ClientMixin):
@@ -117,25 +113,21 @@ class Client(ClientMixin):
     def get_client_id(self) -> str:
         return str(self.row.client_id)
 
-    def get_allowed_scope(self, scope: str | None) -> str | None:
-        """Return the scope to grant; None when it exceeds the agent's.
+    def get_allowed_scope(self, scope: str | None) -> str:
+        """Return the scope to grant.
 
         :param scope: None asks for all of the agent's scopes. An empty scope stays empty: a refresh asks
             for the scope of its family.
+        :raises InvalidScopeError: when it exceeds the agent's scopes.
         """
-        if scope is None:
-            return " ".join(self.row.scopes)
-        wanted = list(dict.fromkeys(scope.split(" "))) if scope else []
-        return " ".join(wanted) if set(wanted) <= set(self.row.scopes) else None
+        asked = self.row.scopes if scope is None else scope.split(" ") if scope else []
+        wanted = list(dict.fromkeys(asked))
+        if not set(wanted) <= set(self.row.scopes):
+            raise InvalidScopeError("The scope asks for more than this agent has.")
+        return " ".join(wanted)
 
     def check_grant_type(self, grant_type: str) -> bool:
-        """Allow every grant type to every agent."""
         return True
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the agent is active and not expired."""
-        return is_live(self.row, self.now)
 
     @property
     def granted_scopes(self) -> list[str]:
@@ -177,7 +169,7 @@ def authenticate(request: OAuth2Request) -> Client:
     except (AuthenticationFailed, credentials.Throttled) as error:
         events.count_failure(error.reason, is_recorded=True, client_id=_named_client(request))
         raise
-    if not client.is_live:
+    if not is_live(client.row, client.now):
         events.count_failure("inactive_agent")
         state = "expired" if client.row.is_active else "deactivated"
         raise AuthenticationFailed(f"This agent is {state}.", reason="inactive_agent")
@@ -226,7 +218,7 @@ def _by_assertion(request: OAuth2Request) -> Client:
         raise InvalidRequestError("Send the client credentials one way: a secret or an assertion.")
     try:
         client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
-    except AssertionFailed:
+    except AuthenticationFailed:
         # A signature cannot be guessed, so a valid one is never throttled: only failures are counted.
         credentials.throttle(lambda: False, "assertion", known=False)
         raise
@@ -247,21 +239,21 @@ class ClientAssertion(JWTBearerClientAssertion):
         """Run Authlib's steps; replace the errors that would reveal which clients exist."""
         try:
             client: Client | None = super().__call__(query_client, request)
-        except AssertionFailed:
+        except AuthenticationFailed:
             raise
         except (InvalidClientError, ValueError, TypeError, RecursionError):
-            raise AssertionFailed() from None
+            raise _bad_assertion() from None
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
         if not client.row.jwks:
-            raise AssertionFailed()
+            raise _bad_assertion()
         return KeySet.import_key_set(client.row.jwks)
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
         """Return the claims when one of the agent's keys has signed them.
 
-        :raises AssertionFailed: when none has.
+        :raises AuthenticationFailed: when none has.
         """
         for key in keys:
             try:
@@ -270,12 +262,12 @@ class ClientAssertion(JWTBearerClientAssertion):
                 continue
             self.verify_claims(token.claims)
             return token.claims
-        raise AssertionFailed()
+        raise _bad_assertion()
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
         """Check the claims (RFC 7523 §3) and bound their lifetime.
 
-        :raises AssertionFailed: with the fault, since the caller has proved possession of the key.
+        :raises AuthenticationFailed: with the fault, since the caller has proved possession of the key.
         """
         moment = int(now().timestamp())
         rules: Any = {name: {"essential": True} for name in ("iss", "sub", "aud", "exp", "jti")}
@@ -284,8 +276,8 @@ class ClientAssertion(JWTBearerClientAssertion):
         except JoseError as error:
             raise _bad_assertion(error.description.removesuffix(".")) from None
         # One audience only: an assertion made for another server must not work here too.
-        audience = claims["aud"][0] if isinstance(claims["aud"], list) else claims["aud"]
-        if claims["aud"] not in (audience, [audience]) or audience not in assertion_audiences():
+        ours = (settings().issuer, settings().url("/oauth/token"))
+        if claims["aud"] not in (*ours, *([audience] for audience in ours)):
             raise _bad_assertion("aud must be the issuer or the token endpoint, and nothing else")
         if claims["iss"] != claims["sub"]:
             raise _bad_assertion("iss and sub must both be the client_id")
@@ -311,17 +303,15 @@ class ClientAssertion(JWTBearerClientAssertion):
             return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
 
     def authenticate_client(self, client: Client) -> Client:
-        """Accept every agent that has keys, whatever its registered method."""
-        return client
+        return client  # every agent with keys, whatever its registered method
 
 
-def assertion_audiences() -> tuple[str, str]:
-    """Return the values that an assertion's `aud` may have: issuer or token endpoint (RFC 7523 §3)."""
-    return settings().issuer, settings().url("/oauth/token")
-
-
-def _bad_assertion(fault: str) -> AssertionFailed:
-    return AssertionFailed("The client assertion is refused: " + re.sub(r'["\\]', "'", fault) + ".")
+def _bad_assertion(fault: str | None = None) -> AuthenticationFailed:
+    """Return the refusal of an assertion, with one text for all that is checked before the signature."""
+    text = "Client authentication failed: check the client id and the key that signs."
+    if fault:
+        text = "The client assertion is refused: " + re.sub(r'["\\]', "'", fault) + "."
+    return AuthenticationFailed(text, reason="assertion")
 
 
 def _find_by_client_id(client_id: str) -> Client | None:

@@ -67,7 +67,6 @@ class Algorithms(JWSRegistry):
     """
 
     def get_alg(self, name: str) -> Any:
-        """Return the algorithm, or refuse it."""
         if name not in (self.allowed or ()):
             raise UnsupportedAlgorithmError(f"Algorithm of {name!r} is not allowed")
         return self.algorithms[name]
@@ -183,14 +182,10 @@ def _matches(secret: str, stored: bytes | None) -> bool:
     return matches and stored is not None
 
 
-def _native_thread() -> Executor:
-    """Return an executor of one native thread, also where gevent makes greenlets of Python's threads."""
-    is_patched = monkey.is_module_patched("threading")
-    return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
-
-
-# One hash at a time: bcrypt takes tens of milliseconds of a core.
-_thread = _native_thread()
+# One hash at a time, since bcrypt takes tens of milliseconds of a core; in a native thread, also where
+# gevent makes greenlets of Python's threads.
+_is_patched = monkey.is_module_patched("threading")
+_thread: Executor = threadpool.ThreadPoolExecutor(1) if _is_patched else ThreadPoolExecutor(1, "bcrypt")
 _turn = threading.Lock()
 
 

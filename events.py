@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -46,6 +46,7 @@ _OUTBOX = sa.insert(Delivery).from_select(
 
 disable_created_metrics()  # multiprocess mode has none
 REGISTRY = CollectorRegistry()  # the library's default holds metrics of one process
+_counter = partial(Counter, registry=REGISTRY)
 DURATION = Histogram(
     "lanyard_http_request_duration_seconds",
     "Requests, by how long they took to answer.",
@@ -53,24 +54,14 @@ DURATION = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     registry=REGISTRY,
 )
-_FAILURES = Counter(
-    "lanyard_auth_failures",
-    "Requests whose authentication failed, by the first reason met.",
-    ["reason"],
-    registry=REGISTRY,
-)
-ATTEMPTS = Counter(
-    "lanyard_webhook_attempts",
-    "Attempts at webhook deliveries, by the status they left the delivery in.",
-    ["status"],
-    registry=REGISTRY,
-)
-TOKENS_ISSUED = Counter("lanyard_tokens_issued", "Grants made for client credentials.", registry=REGISTRY)
-TOKENS_REFRESHED = Counter("lanyard_tokens_refreshed", "Refresh tokens exchanged.", registry=REGISTRY)
-TOKENS_REVOKED = Counter("lanyard_tokens_revoked", "Tokens ended by revocation.", registry=REGISTRY)
-TOKENS_REUSED = Counter(
-    "lanyard_refresh_token_reuses", "Refresh tokens used twice, ending their grant.", registry=REGISTRY
-)
+_FAILED = "Requests whose authentication failed, by the first reason met."
+_FAILURES = _counter("lanyard_auth_failures", _FAILED, ["reason"])
+_ATTEMPTED = "Attempts at webhook deliveries, by the status they left the delivery in."
+ATTEMPTS = _counter("lanyard_webhook_attempts", _ATTEMPTED, ["status"])
+TOKENS_ISSUED = _counter("lanyard_tokens_issued", "Grants made for client credentials.")
+TOKENS_REFRESHED = _counter("lanyard_tokens_refreshed", "Refresh tokens exchanged.")
+TOKENS_REVOKED = _counter("lanyard_tokens_revoked", "Tokens ended by revocation.")
+TOKENS_REUSED = _counter("lanyard_refresh_token_reuses", "Refresh tokens used twice, ending their grant.")
 _REASONS = "wrong_secret unknown_client malformed assertion inactive_agent admin_token access_token throttled"
 # A series that appears with its first event has no rate for that event: start each at 0.
 for reason in _REASONS.split():
@@ -83,20 +74,18 @@ class _Limiter:
     """Allow one event of a kind a minute, and one of any kind a second, in this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._last: OrderedDict[object, float] = OrderedDict()
         self._any = float("-inf")
 
     def allow(self, kind: object) -> bool:
         now = time.monotonic()
-        with self._lock:
-            if now < self._any + 1 or now < self._last.get(kind, float("-inf")) + 60:
-                return False
-            self._any = self._last[kind] = now
-            self._last.move_to_end(kind)
-            if len(self._last) > 1000:
-                self._last.popitem(last=False)
-            return True
+        if now < self._any + 1 or now < self._last.get(kind, float("-inf")) + 60:
+            return False
+        self._any = self._last[kind] = now
+        self._last.move_to_end(kind)
+        if len(self._last) > 1000:
+            self._last.popitem(last=False)
+        return True
 
 
 _failures = _Limiter()
@@ -148,12 +137,10 @@ def record(
 
 
 def count_failure(reason: str | None, *, is_recorded: bool = False, client_id: str | None = None) -> None:
-    """Count a failed authentication, of one request only the first; record it as `auth.failed` if asked to.
-
-    Only some events of many are recorded, in transactions of their own: guessers must not fill the log.
+    """Count a failed authentication, of each request only the first; record some as `auth.failed`.
 
     :param reason: a label of the counter; None for a failure that is only recorded.
-    :param client_id: the client that the request named.
+    :param is_recorded: record it, unless many fail: they must not fill the log.
     """
     if reason and not g.get("has_failed"):
         g.has_failed = True

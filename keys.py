@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,23 +19,33 @@ import schemas
 from api import BY_OPERATOR, Blueprint
 from config import DAY, settings, state
 from database import reading, writing
-from models import NEWEST_KEY, SigningKey, now
+from models import NEWEST_KEY, Moment, SigningKey, now
 
 JWKS_MAX_AGE = 300  # seconds
 # A new key signs when every cached JWKS without it has expired, and a minute later for slow responses.
 LEAD = JWKS_MAX_AGE + 60  # seconds
 LONGEST_TOKEN = DAY
 
-NEWEST_FIRST = sa.select(
-    SigningKey.pk,
-    SigningKey.kid,
-    SigningKey.alg,
-    SigningKey.created_at,
-    SigningKey.signs_from,
-    SigningKey.gone_at,
-).order_by(SigningKey.pk.desc())
-
-_ALGORITHMS = credentials.Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
+_NOW = sa.bindparam("now", type_=Moment)
+_SIGNS = sa.select(sa.func.max(SigningKey.pk)).where(SigningKey.signs_from <= _NOW).correlate(None)
+_OLDEST = sa.select(sa.func.min(SigningKey.pk)).correlate(None)
+_STATE = sa.case(
+    (SigningKey.gone_at <= _NOW, "gone"),
+    # After the clock was set back none may sign yet: then the oldest does.
+    (SigningKey.pk == sa.func.coalesce(_SIGNS.scalar_subquery(), _OLDEST.scalar_subquery()), "signing"),
+    (SigningKey.signs_from > _NOW, "published"),
+    else_="retired",
+)
+_DATES = (SigningKey.created_at, SigningKey.signs_from, SigningKey.gone_at)
+_LIST = sa.select(SigningKey.kid, SigningKey.alg, *_DATES, _STATE.label("state")).order_by(
+    SigningKey.pk.desc()
+)
+_GENERATE: dict[str, Callable[[], Key]] = {
+    "RS256": lambda: RSAKey.generate_key(2048),
+    "ES256": lambda: ECKey.generate_key("P-256"),
+    "EdDSA": lambda: OKPKey.generate_key("Ed25519"),
+}
+_ALGORITHMS = credentials.Algorithms(algorithms=tuple(_GENERATE))
 
 
 class ParsedKey(NamedTuple):
@@ -77,38 +87,9 @@ def rotate(connection: sa.Connection, alg: str | None = None, *, at_once: bool =
     events.record(connection, "key.rotated", kid=kid, alg=alg, at_once=at_once)
 
 
-class ListedKey(NamedTuple):
-    """A key and its state: `published`, `signing`, `retired` or `gone`."""
-
-    kid: str
-    alg: str
-    state: str
-    created_at: datetime
-    signs_from: datetime
-    gone_at: datetime | None
-
-
-def list_keys(connection: sa.Connection) -> list[ListedKey]:
-    """Return every key, newest first."""
-    return states(connection.execute(NEWEST_FIRST).all())
-
-
-def states(rows: Sequence[Any]) -> list[ListedKey]:
-    """Return the keys with their states; `rows` as NEWEST_FIRST selects them."""
-    moment = now()
-    signing = next((row.pk for row in rows if row.signs_from <= moment), rows[-1].pk if rows else None)
-    return [
-        ListedKey(row.kid, row.alg, _state(row, moment, signing), row.created_at, row.signs_from, row.gone_at)
-        for row in rows
-    ]
-
-
-def _state(row: Any, moment: datetime, signing: int | None) -> str:
-    if row.gone_at is not None and row.gone_at <= moment:
-        return "gone"
-    if row.pk == signing:
-        return "signing"
-    return "published" if row.signs_from > moment else "retired"
+def list_keys(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """Return every key, newest first, with its `state`: `published`, `signing`, `retired` or `gone`."""
+    return connection.execute(_LIST, {"now": now()}).all()
 
 
 def sign(claims: dict[str, Any], newest: int) -> str:
@@ -138,7 +119,7 @@ def signing_key(newest: int) -> Key:
     """Return the key that signs now; `newest` as for `sign`."""
     known = _known_keys(newest)
     signing = [parsed.key for parsed in known if parsed.signs_from <= now()]
-    # After the clock was set back none may sign yet: then the oldest does.
+    # As in _STATE.
     return signing[-1] if signing else known[0].key
 
 
@@ -176,30 +157,21 @@ def _read_keys() -> list[ParsedKey]:
     with reading() as connection:
         rows = connection.execute(sa.select(SigningKey).order_by(SigningKey.pk)).all()
     parsed = {known.key.kid: known.key for known in state().signing_keys}
-    state().signing_keys = [
-        ParsedKey(row.pk, parsed.get(row.kid) or _parse(row), row.signs_from, row.gone_at) for row in rows
-    ]
-    return state().signing_keys
-
-
-def _parse(row: sa.Row[Any]) -> Key:
-    return import_key(json.loads(row.jwk), parameters={"kid": row.kid, "alg": row.alg, "use": "sig"})
+    for row in rows:
+        if row.kid not in parsed:
+            parameters: Any = {"kid": row.kid, "alg": row.alg, "use": "sig"}
+            parsed[row.kid] = import_key(json.loads(row.jwk), parameters=parameters)
+    known = [ParsedKey(row.pk, parsed[row.kid], row.signs_from, row.gone_at) for row in rows]
+    state().signing_keys = known
+    return known
 
 
 def _add_key(connection: sa.Connection, alg: str, signs_from: datetime) -> str:
-    key = _generate(alg)
+    key = _GENERATE[alg]()
     kid = key.thumbprint()  # RFC 7638
     row = {"kid": kid, "alg": alg, "jwk": json.dumps(key.as_dict(private=True))}
     connection.execute(sa.insert(SigningKey), {**row, "created_at": now(), "signs_from": signs_from})
     return kid
-
-
-def _generate(alg: str) -> Key:
-    if alg == "ES256":
-        return ECKey.generate_key("P-256")
-    if alg == "EdDSA":
-        return OKPKey.generate_key("Ed25519")
-    return RSAKey.generate_key(2048)
 
 
 bp = Blueprint(

@@ -373,7 +373,7 @@ class _TokenEndpoint:
             caller = Caller(None)
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
             auth.require_agent()
-            caller = Caller(None if auth.is_admin() else g.agent.client_id)
+            caller = Caller(None if auth.ADMIN_SCOPE in g.scopes else g.agent.client_id)
         else:
             return Caller(client_auth.authenticate(request).get_client_id())
         if {"client_secret", "client_assertion"} & set(request.form):

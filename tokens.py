@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
-from authlib.oauth2.rfc6749 import InvalidGrantError, InvalidScopeError
+from authlib.oauth2.rfc6749 import InvalidGrantError
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
@@ -18,14 +18,14 @@ import events
 import keys
 from api import Problem
 from client_auth import COLUMNS, AuthenticationFailed, Client
-from config import DAY, Settings, settings
+from config import Settings, settings
 from database import reading, writing
-from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, now
+from models import Agent, ClientSecret, Moment, RefreshFamily, RevokedToken, UsageDay, is_live, now
 
 log = logging.getLogger("lanyard")
 
-FAMILY_TTL = 30 * DAY
-MINUTE = 60  # seconds
+FAMILY_TTL = timedelta(days=30)
+MINUTE = timedelta(minutes=1)
 
 _NOW: Any = bindparam("now", type_=Moment)
 _ISSUED, _REFRESHED = bindparam("issued", type_=sa.Integer), bindparam("refreshed", type_=sa.Integer)
@@ -79,12 +79,9 @@ _BY_FAMILY = (
     .join(Agent, Agent.pk == RefreshFamily.agent_pk)
     .where(RefreshFamily.id == bindparam("family"))
 )
-_NEXT_TOKEN = (
-    sa.update(RefreshFamily)
-    .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash"))
-    .values(
-        {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
-    )
+# The columns to set are those of the parameters.
+_NEXT_TOKEN = sa.update(RefreshFamily).where(
+    RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash")
 )
 _REVOKE = insert(RevokedToken).on_conflict_do_nothing()
 _END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
@@ -96,15 +93,12 @@ class TokenGenerator(JWTBearerTokenGenerator):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             issuer=settings.issuer,
-            refresh_token_generator=self._refresh_token,
+            refresh_token_generator=lambda client, **_: credentials.new_refresh_token(client.family_id),
             expires_generator=lambda client, grant_type: client.token_lifetime,
         )
 
     def access_token_generator(self, client: Client, grant_type: str, user: None, scope: str) -> str:
-        """Sign the claims of RFC 9068 §2.2.
-
-        Authlib's own method puts `typ` before `alg` in the header, and reads the clock once more.
-        """
+        """Sign the claims of RFC 9068 §2.2. (Authlib's own method reads the clock once more.)"""
         issued_at = int(client.now.timestamp())
         audiences = client.audiences
         claims = {
@@ -134,21 +128,6 @@ class TokenGenerator(JWTBearerTokenGenerator):
         names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
         return {name: token.get(name, "") for name in names}
 
-    @staticmethod
-    def get_allowed_scope(client: Client, scope: str | None) -> str:
-        """Return the scope to grant.
-
-        :raises InvalidScopeError: when it exceeds the agent's scopes.
-        """
-        allowed = client.get_allowed_scope(scope)
-        if allowed is None:
-            raise InvalidScopeError("The scope asks for more than this agent has.")
-        return allowed
-
-    @staticmethod
-    def _refresh_token(client: Client, **kwargs: Any) -> str:
-        return credentials.new_refresh_token(client.family_id)
-
 
 def start_family(client: Client, token: dict[str, Any]) -> None:
     """Store the first refresh token of a grant, and count the grant.
@@ -165,7 +144,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "id": client.family_id,
             "agent_pk": client.row.pk,
             "token_version": client.row.token_version,
-            "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
+            "ends_at": client.now + FAMILY_TTL,
         }
         connection.execute(_NEW_FAMILY, family)
         secret_pk = getattr(client.row, "secret_pk", None)  # None after an assertion
@@ -210,7 +189,7 @@ def _is_newest(client: Client, text: str) -> bool:
 
 
 def _is_usable(client: Client) -> bool:
-    return client.is_live and client.row.token_version == client.row.family_token_version
+    return is_live(client.row, client.now) and client.row.token_version == client.row.family_token_version
 
 
 def rotate_family(client: Client, token: dict[str, Any]) -> None:
@@ -222,15 +201,14 @@ def rotate_family(client: Client, token: dict[str, Any]) -> None:
     with writing(exclusive=False) as connection:
         values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
-        is_first = connection.execute(_NEXT_TOKEN, values).rowcount == 1
-        if is_first:
+        if connection.execute(_NEXT_TOKEN, values).rowcount == 1:
             if not _count(connection, client, refreshed=1):
                 raise _invalid_refresh_token()
             events.record(
                 connection, "token.refreshed", client.row, scope=token["scope"], audience=client.audiences
             )
-    if not is_first:
-        _end_reused_family(client)
+            return
+    _end_reused_family(client)
 
 
 def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +242,7 @@ def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
     """
     row = connection.execute(_READ_LIMIT, _minute(client)).first()
     if row and not row.is_under_limit:
-        left = row.minute_began_at + timedelta(seconds=MINUTE) - client.now
+        left = row.minute_began_at + MINUTE - client.now
         raise Problem(
             429,
             "too_many_requests",
@@ -277,15 +255,14 @@ def _minute(client: Client) -> dict[str, Any]:
     return {
         "agent": client.row.pk,
         "now": client.now,
-        "minute_ago": client.now - timedelta(seconds=MINUTE),
-        "minute_ahead": client.now + timedelta(seconds=MINUTE),
+        "minute_ago": client.now - MINUTE,
+        "minute_ahead": client.now + MINUTE,
     }
 
 
 def end_family(client: Client, event: str) -> bool:
     """End a family's refresh tokens, and the access tokens issued with them (RFC 7009 §2.1).
 
-    :param client: as `find_by_refresh_token` returns it.
     :param event: the type of the event to record.
     :returns: whether this call ended it.
     """
