@@ -289,9 +289,8 @@ def _ensure_admin_token(path: Path) -> None:
     if not path.exists():
         draft = _draft_admin_token(path)
         try:
-            os.link(draft, path)
-        except FileExistsError:
-            pass  # another process was first, and its token is valid
+            with suppress(FileExistsError):  # another process was first, and its token is valid
+                os.link(draft, path)
         finally:
             os.unlink(draft)
     os.chmod(path, 0o600)

@@ -23,7 +23,7 @@ from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
 import credentials
 import events
@@ -82,7 +82,7 @@ _SPEND_ASSERTION = (
 
 
 class AuthenticationFailed(InvalidClientError):
-    """RFC 6749 §5.2 `invalid_client`, always 401, with one text for every reason that reveals something.
+    """RFC 6749 §5.2 `invalid_client`, always 401; one text, so that nobody learns which clients exist.
 
     :param reason: the label under which the failure is counted.
     """
@@ -118,7 +118,7 @@ class Client(ClientMixin):
 
         :param scope: None asks for all of the agent's scopes. An empty scope stays empty: a refresh asks
             for the scope of its family.
-        :raises InvalidScopeError: when it exceeds the agent's scopes.
+        :raises InvalidScopeError: when `scope` exceeds the agent's.
         """
         asked = self.row.scopes if scope is None else scope.split(" ") if scope else []
         wanted = list(dict.fromkeys(asked))

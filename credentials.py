@@ -25,7 +25,7 @@ from gevent import monkey, threadpool
 from joserfc.errors import UnsupportedAlgorithmError
 from joserfc.jws import JWSRegistry
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
 from api import Problem
 from config import settings, state
@@ -43,7 +43,7 @@ _KEY = secrets.token_bytes(32)
 
 
 class NewSecret(NamedTuple):
-    """A new client secret: its text, the public hint in it that names its row, its hash."""
+    """A new client secret: text, the public hint in the text (a database key), bcrypt hash."""
 
     text: str
     hint: str
@@ -83,7 +83,7 @@ def is_client_id(text: str) -> bool:
 
 
 def begins_client_id(text: str) -> bool:
-    """Whether the text starts a client id, with enough random characters (four) to tell it from others."""
+    """Whether the text starts a client id and is long enough to identify it: four random characters."""
     return len(text) >= 8 and text.startswith("cid_")
 
 
@@ -158,7 +158,7 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
     name = client_id if is_client_id(client_id) else "-"
     hint = client_secret_hint(secret)
     is_right = throttle(
-        # A malformed secret cannot be right: no hash is spent on it.
+        # A malformed secret matches nothing: refuse it without bcrypt.
         lambda: hint is not None and _matches(secret, stored),
         f"{name} {hint}" if stored else name,
         known=stored is not None,
@@ -172,9 +172,9 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
 
 def _matches(secret: str, stored: bytes | None) -> bool:
     if not _turn.acquire(blocking=stored is not None):
-        raise Throttled(1)  # others wait, and this one cannot be right
+        raise Throttled(1)  # others wait, and this secret matches nothing
     try:
-        # Nothing matches the second: an unknown client costs what a known one does.
+        # The second hash matches nothing; with it an unknown client costs what a known one does.
         hashed = stored or bcrypt.gensalt(settings().bcrypt_cost) + b"." * 31
         matches: bool = _run(bcrypt.checkpw, secret.encode(), hashed)
     finally:

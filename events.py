@@ -24,7 +24,7 @@ NOBODY = "anonymous"
 # Request ids are logged and stored: a secret sent as one by mistake is replaced.
 _REQUEST_ID = re.compile(r"(?!cs_|rt_|whsec_)[A-Za-z0-9._-]{1,64}")
 _INSERT = sa.insert(Event).returning(Event.pk)
-# One row for each webhook that subscribes to the event, written with it: neither is lost without the other.
+# One row for each webhook that subscribes to the event, in the same transaction.
 _OUTBOX = sa.insert(Delivery).from_select(
     ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
     sa.select(

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from authlib.oauth2.rfc6749 import InvalidGrantError
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
 import credentials
 import events
@@ -111,7 +111,7 @@ class TokenGenerator(JWTBearerTokenGenerator):
             "client_id": client.row.client_id,
             "scope": scope,
             "agent_id": client.row.id,
-            # Whole seconds cannot tell a token from just before a deactivation from one just after.
+            # `iat` in whole seconds cannot separate tokens just before and just after a deactivation.
             "ver": client.row.token_version,
         }
         return keys.sign(claims, client.row.newest_key)
@@ -140,7 +140,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
         if not _count(connection, client, issued=1):
             raise AuthenticationFailed(reason="inactive_agent")
         family = {
-            **_newest(client, token),
+            **_token_columns(client, token),
             "id": client.family_id,
             "agent_pk": client.row.pk,
             "token_version": client.row.token_version,
@@ -199,7 +199,7 @@ def rotate_family(client: Client, token: dict[str, Any]) -> None:
     """
     old = client.row
     with writing(exclusive=False) as connection:
-        values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
+        values = {**_token_columns(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
         if connection.execute(_NEXT_TOKEN, values).rowcount == 1:
             if not _count(connection, client, refreshed=1):
@@ -211,7 +211,7 @@ def rotate_family(client: Client, token: dict[str, Any]) -> None:
     _end_reused_family(client)
 
 
-def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
+def _token_columns(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that every new refresh token of a family changes."""
     return {
         "token_hash": credentials.digest(token["refresh_token"]),
@@ -264,7 +264,7 @@ def end_family(client: Client, event: str) -> bool:
     """End a family's refresh tokens, and the access tokens issued with them (RFC 7009 §2.1).
 
     :param event: the type of the event to record.
-    :returns: whether this call ended it.
+    :returns: False when the family had ended before.
     """
     with writing(exclusive=False) as connection:
         ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
