@@ -15,6 +15,7 @@ import credentials
 import events
 import schemas
 from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem, is_text
+from config import settings
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
 
@@ -200,7 +201,7 @@ def create(fields: dict[str, Any]) -> dict[str, Any]:
     :param fields: as `schemas.AgentCreate` loads them.
     """
     by_key = fields["token_endpoint_auth_method"] == "private_key_jwt"
-    secret = None if by_key else credentials.checker().make()
+    secret = None if by_key else credentials.new_client_secret(settings().bcrypt_cost)
     row = {"id": str(uuid.uuid4()), "client_id": credentials.new_client_id(), "created_at": now()}
     row |= {"scopes": [], "audiences": [], "metadata": {}, **_columns(fields)}
     with writing() as connection:
@@ -240,7 +241,9 @@ def rotate(
     :param revoke_tokens: end every token of the agent, for a leak.
     :raises Problem: 404; 409 when the agent has no client secret.
     """
-    secret = credentials.checker().make()  # bcrypt under the write lock would block every other writer
+    secret = credentials.new_client_secret(
+        settings().bcrypt_cost
+    )  # bcrypt under the write lock would block every other writer
     with _changing(agent_id) as (connection, agent):
         if agent.token_endpoint_auth_method == "private_key_jwt":
             raise Problem(409, "conflict", _NO_SECRET)

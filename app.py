@@ -19,7 +19,6 @@ from werkzeug.exceptions import HTTPException
 import agents
 import auth
 import config
-import credentials
 import database
 import events
 import keys
@@ -93,7 +92,6 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
         app.before_request(_answer_preflight)
         app.after_request(_allow_origin)
     app.before_request(read_body)
-    credentials.init_app(app, bcrypt_cost=settings.bcrypt_cost)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)
     cleanup.init_app(app)

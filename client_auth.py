@@ -10,19 +10,24 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 import sqlalchemy as sa
-from authlib.oauth2.rfc6749 import ClientMixin, InvalidClientError, InvalidRequestError, OAuth2Request
+from authlib.oauth2.rfc6749 import (
+    ClientMixin,
+    InvalidClientError,
+    InvalidRequestError,
+    InvalidScopeError,
+    OAuth2Request,
+)
 from authlib.oauth2.rfc7523.client import ASSERTION_TYPE, JWTBearerClientAssertion
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
-import counters
 import credentials
 import events
-from api import Problem, is_text, parse_authorization
+from api import is_text, parse_authorization
 from config import settings
 from database import reading, writing
 from models import NEWEST_KEY, Agent, ClientSecret, SpentAssertion, Timestamp, is_active, now
@@ -35,7 +40,7 @@ ASSERTION_ALGORITHMS = credentials.Algorithms(
 ASSERTION_TTL = 300  # seconds
 ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
 
-# The columns that every Client's row has, however it was found.
+# The columns in the row of every Client.
 COLUMNS = (
     Agent.pk,
     Agent.id,
@@ -77,21 +82,21 @@ _SPEND_ASSERTION = (
 
 
 class AuthenticationFailed(InvalidClientError):
-    """RFC 6749 §5.2 `invalid_client`, always 401; one text for every reason that strangers must not learn."""
+    """RFC 6749 §5.2 `invalid_client`, always 401; one text, so that nobody learns which clients exist.
+
+    :param reason: the label under which the failure is counted.
+    """
 
     status_code = 401
     description = "Client authentication failed: check client_id and client_secret."
 
+    def __init__(self, description: str | None = None, *, reason: str) -> None:
+        super().__init__(description)
+        self.reason = reason
+
     def get_headers(self) -> list[tuple[str, str]]:
-        """Return Authlib's headers, with the challenge of RFC 7617 §2."""
-        headers = [header for header in super().get_headers() if header[0] != "WWW-Authenticate"]
-        return [*headers, ("WWW-Authenticate", 'Basic realm="lanyard"')]
-
-
-class AssertionFailed(AuthenticationFailed):
-    """`invalid_client` for an assertion: one text for everything that is checked before the signature."""
-
-    description = "Client authentication failed: check the client id and the key that signs."
+        """Return the challenge of RFC 7617 §2 in place of Authlib's."""
+        return [*super(InvalidClientError, self).get_headers(), ("WWW-Authenticate", 'Basic realm="lanyard"')]
 
 
 class Client(ClientMixin):
@@ -102,44 +107,36 @@ class Client(ClientMixin):
         self.now = now
         # The audiences of the token to issue; the grant sets them.
         self.audiences: list[str] = []
-        # A refresh finds its client by a family; client_credentials starts one.
+        # A refresh reads the client with its family; client_credentials starts a family.
         self.family_id: str = getattr(row, "family_id", None) or credentials.new_family_id()
-        # The row number of the client secret that was verified, if one was.
-        self.secret_pk: int | None = getattr(row, "secret_pk", None)
 
     def get_client_id(self) -> str:
-        """Return the `client_id`."""
         return str(self.row.client_id)
 
-    def get_allowed_scope(self, scope: str | None) -> str | None:
-        """Return the scope to grant; None when it asks for more than the agent has.
+    def get_allowed_scope(self, scope: str | None) -> str:
+        """Return the scope to grant.
 
-        :param scope: None asks for all of the agent's scopes.
-
-        An empty scope stays empty: a refresh asks for what its family was granted.
+        :param scope: None asks for all of the agent's scopes. An empty scope stays empty: a refresh asks
+            for the scope of its family.
+        :raises InvalidScopeError: when `scope` exceeds the agent's.
         """
-        if scope is None:
-            return " ".join(self.row.scopes)
-        wanted = list(dict.fromkeys(scope.split(" "))) if scope else []
-        return " ".join(wanted) if set(wanted) <= set(self.row.scopes) else None
+        asked = self.row.scopes if scope is None else scope.split(" ") if scope else []
+        wanted = list(dict.fromkeys(asked))
+        if not set(wanted) <= set(self.row.scopes):
+            raise InvalidScopeError("The scope asks for more than this agent has.")
+        return " ".join(wanted)
 
     def check_grant_type(self, grant_type: str) -> bool:
-        """Allow every grant type to every agent."""
         return True
 
     @property
-    def is_live(self) -> bool:
-        """Whether the agent is switched on and not expired."""
-        return is_active(self.row, self.now)
-
-    @property
-    def held_scopes(self) -> list[str]:
-        """The scopes that the family was granted and the agent still has."""
+    def granted_scopes(self) -> list[str]:
+        """The scopes that the family was granted, without those that the agent has lost."""
         return [scope for scope in self.row.family_scopes if scope in self.row.scopes]
 
     @property
-    def held_audiences(self) -> list[str]:
-        """The audiences that the family was granted and the agent still has."""
+    def granted_audiences(self) -> list[str]:
+        """The audiences that the family was granted, without those that the agent has lost."""
         return [audience for audience in self.row.family_audiences if audience in self.allowed_audiences]
 
     @property
@@ -149,11 +146,11 @@ class Client(ClientMixin):
 
     @cached_property
     def token_lifetime(self) -> int:
-        """The lifetime of an access token issued now, in seconds; no token outlives its agent."""
+        """The lifetime of an access token issued now, in seconds."""
         return self.seconds_left(self.row.token_ttl or settings().access_token_ttl)
 
     def seconds_left(self, seconds: int) -> int:
-        """Return `seconds`, or fewer when the agent expires before."""
+        """Return `seconds`, or fewer when the agent expires before: no token outlives its agent."""
         if self.row.expires_at is None:
             return seconds
         left: timedelta = self.row.expires_at - self.now
@@ -165,16 +162,17 @@ def authenticate(request: OAuth2Request) -> Client:
 
     :raises InvalidRequestError: when it carries more than one kind.
     :raises AuthenticationFailed: when they are missing, wrong, or of an inactive agent.
+    :raises Throttled: when too many sign-ins have failed.
     """
     try:
         client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
-    except (AuthenticationFailed, Problem):
-        events.record_failure(_named_client(request))
+    except (AuthenticationFailed, credentials.Throttled) as error:
+        events.count_failure(error.reason, is_recorded=True, client_id=_named_client(request))
         raise
-    if not client.is_live:
-        counters.count_failure("inactive_agent")
+    if not is_active(client.row, client.now):
+        events.count_failure("inactive_agent")
         state = "expired" if client.row.is_active else "deactivated"
-        raise AuthenticationFailed(f"This agent is {state}.")
+        raise AuthenticationFailed(f"This agent is {state}.", reason="inactive_agent")
     events.set_caller(client.row.id, client.row.client_id)
     return client
 
@@ -200,42 +198,18 @@ def _by_secret(request: OAuth2Request) -> Client:
         raise InvalidRequestError("The client_id in the body is not the one in the Authorization header.")
     client_id, secret = basic or (form.get("client_id"), form.get("client_secret"))
     if not client_id or not secret:
-        counters.count_failure("malformed")
         raise AuthenticationFailed(
-            "Send client_id and client_secret, in the body or as HTTP Basic, or a client_assertion."
+            "Send client_id and client_secret, in the body or as HTTP Basic, or a client_assertion.",
+            reason="malformed",
         )
-    return _verify_secret(client_id, secret)
-
-
-def _verify_secret(client_id: str, secret: str) -> Client:
     moment = now()
     # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
     row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if hint else None
-    stored = row.hash if row else None
-    if not credentials.checker().remembers(secret, stored):
+    if not credentials.verify(secret, row.hash if row else None, client_id):
         reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
-        _check_hash(client_id, secret, hint, stored, reason)
+        raise AuthenticationFailed(reason=reason)
     return Client(row, moment)
-
-
-def _check_hash(client_id: str, secret: str, hint: str | None, stored: bytes | None, reason: str) -> None:
-    """Check a secret that this process has not verified before, against its bcrypt hash.
-
-    :param reason: what to count it as if it is wrong.
-    """
-    named = client_id if credentials.is_client_id(client_id) else "-"
-    guess = credentials.Guess(f"{named} {hint}" if stored else named, known=stored is not None)
-    guess.refuse_if_throttled()
-    try:
-        # A malformed secret cannot be right: no hash is spent on it.
-        if hint is not None and credentials.checker().check(secret, stored):
-            return
-    except credentials.Busy:
-        credentials.refuse(1)
-    counters.count_failure(reason)
-    guess.failed()
-    raise AuthenticationFailed()
 
 
 def _by_assertion(request: OAuth2Request) -> Client:
@@ -246,10 +220,7 @@ def _by_assertion(request: OAuth2Request) -> Client:
         client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
     except AuthenticationFailed:
         # A signature cannot be guessed, so a valid one is never throttled: only failures are counted.
-        guess = credentials.Guess("assertion", known=False)
-        guess.refuse_if_throttled()
-        counters.count_failure("assertion")
-        guess.failed()
+        credentials.throttle(lambda: False, "assertion", known=False)
         raise
     if client is None:
         raise InvalidRequestError(f"Send client_assertion_type as {ASSERTION_TYPE}.")
@@ -265,25 +236,24 @@ class ClientAssertion(JWTBearerClientAssertion):
     CLIENT_AUTH_METHOD = "private_key_jwt"
 
     def __call__(self, query_client: Any, request: OAuth2Request) -> Client | None:
-        """Run Authlib's steps; replace the errors that would tell strangers which clients exist."""
+        """Run Authlib's steps; replace the errors that would reveal which clients exist."""
         try:
             client: Client | None = super().__call__(query_client, request)
         except AuthenticationFailed:
             raise
         except (InvalidClientError, ValueError, TypeError, RecursionError):
-            raise AssertionFailed() from None
+            raise _bad_assertion() from None
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
-        """Return the agent's public keys."""
         if not client.row.jwks:
-            raise AssertionFailed()
+            raise _bad_assertion()
         return KeySet.import_key_set(client.row.jwks)
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
         """Return the claims when one of the agent's keys has signed them.
 
-        :raises AssertionFailed: when none has.
+        :raises AuthenticationFailed: when none has.
         """
         for key in keys:
             try:
@@ -292,12 +262,12 @@ class ClientAssertion(JWTBearerClientAssertion):
                 continue
             self.verify_claims(token.claims)
             return token.claims
-        raise AssertionFailed()
+        raise _bad_assertion()
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
         """Check the claims (RFC 7523 §3) and bound their lifetime.
 
-        :raises AuthenticationFailed: with the reason, since the caller has proved that it holds the key.
+        :raises AuthenticationFailed: with the fault, since the caller has proved possession of the key.
         """
         moment = int(now().timestamp())
         rules: Any = {name: {"essential": True} for name in ("iss", "sub", "aud", "exp", "jti")}
@@ -306,20 +276,20 @@ class ClientAssertion(JWTBearerClientAssertion):
         except JoseError as error:
             raise _bad_assertion(error.description.removesuffix(".")) from None
         # One audience only: an assertion made for another server must not work here too.
-        audience = claims["aud"][0] if isinstance(claims["aud"], list) else claims["aud"]
-        if claims["aud"] not in (audience, [audience]) or audience not in assertion_audiences():
+        ours = (settings().issuer, settings().url("/oauth/token"))
+        if claims["aud"] not in (*ours, *([audience] for audience in ours)):
             raise _bad_assertion("aud must be the issuer or the token endpoint, and nothing else")
         if claims["iss"] != claims["sub"]:
             raise _bad_assertion("iss and sub must both be the client_id")
         ends_at = self._end(claims)
         if moment >= ends_at + self.leeway or ends_at > moment + ASSERTION_TTL + self.leeway:
-            raise _bad_assertion(f"it is good for {ASSERTION_TTL} seconds at most")
+            raise _bad_assertion(f"it is valid for {ASSERTION_TTL} seconds at most")
         if not self.validate_jti(claims, claims["jti"]):
             raise _bad_assertion("its jti was used before")
 
     @staticmethod
     def _end(claims: dict[str, Any]) -> int:
-        # Some clients sign for an hour (Authlib): their assertion is good for five minutes from its `iat`.
+        # Some clients sign for an hour (Authlib): their assertion is valid for five minutes from its `iat`.
         return int(min(claims["exp"], claims.get("iat", claims["exp"]) + ASSERTION_TTL))
 
     def validate_jti(self, claims: dict[str, Any], jti: str) -> bool:
@@ -333,17 +303,15 @@ class ClientAssertion(JWTBearerClientAssertion):
             return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
 
     def authenticate_client(self, client: Client) -> Client:
-        """Accept every agent that has keys, whatever its registered method."""
-        return client
+        return client  # every agent with keys, whatever its registered method
 
 
-def assertion_audiences() -> tuple[str, str]:
-    """Return the values that an assertion's `aud` may have: issuer or token endpoint (RFC 7523 §3)."""
-    return settings().issuer, settings().url("/oauth/token")
-
-
-def _bad_assertion(reason: str) -> AuthenticationFailed:
-    return AuthenticationFailed("The client assertion is refused: " + re.sub(r'["\\]', "'", reason) + ".")
+def _bad_assertion(fault: str | None = None) -> AuthenticationFailed:
+    """Return the refusal of an assertion, with one text for all that is checked before the signature."""
+    text = "Client authentication failed: check the client id and the key that signs."
+    if fault:
+        text = "The client assertion is refused: " + re.sub(r'["\\]', "'", fault) + "."
+    return AuthenticationFailed(text, reason="assertion")
 
 
 def _find_by_client_id(client_id: str) -> Client | None:
@@ -361,7 +329,7 @@ def _basic_credentials(headers: Mapping[str, str]) -> tuple[str, str] | None:
     header = headers.get("Authorization", "")
     if header[:6].lower() != "basic ":
         return None
-    found = parse_authorization(header)
-    if found is None:
+    basic = parse_authorization(header)
+    if basic is None:
         return "", ""
-    return unquote_plus(found.username or ""), unquote_plus(found.password or "")
+    return unquote_plus(basic.username or ""), unquote_plus(basic.password or "")

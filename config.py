@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,9 +19,7 @@ if TYPE_CHECKING:  # only `State` needs them: at run time nothing here imports a
     from authlib.integrations.flask_oauth2 import AuthorizationServer
     from prometheus_client import CollectorRegistry
 
-    from auth import GivenToken, KeptToken
-    from credentials import SecretChecker
-    from keys import Keyring
+    from keys import ParsedKey
 
 HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"
@@ -120,12 +119,11 @@ class State:
     """The state of one app in memory; `settings` are also at `app.config["LANYARD"]`."""
 
     settings: Settings
-    client_secrets: SecretChecker = field(init=False)
-    admin_token: GivenToken | KeptToken = field(init=False)
     oauth_server: AuthorizationServer = field(init=False)
     metrics: CollectorRegistry = field(init=False)
-    keyring: Keyring | None = None
-    # Ends the mark that a server uses the database.
+    signing_keys: list[ParsedKey] = field(default_factory=list)  # oldest first
+    verified_secrets: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+    # Ends the mark by which other processes see that a server uses the database.
     stop_serving: Callable[[], object] = lambda: None
 
 

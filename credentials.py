@@ -1,4 +1,4 @@
-"""Secrets: make, hash, check and remember them; throttle failed guesses."""
+"""Secrets: make, verify and compare them; throttle sign-ins that fail."""
 
 from __future__ import annotations
 
@@ -11,52 +11,53 @@ import secrets
 import threading
 import zlib
 from base64 import urlsafe_b64encode
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from string import ascii_letters, digits
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import bcrypt
 import sqlalchemy as sa
-from flask import Flask, request
+from flask import request
 from gevent import monkey, threadpool
 from joserfc.errors import UnsupportedAlgorithmError
 from joserfc.jws import JWSRegistry
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
-import counters
 from api import Problem
-from config import state
+from config import settings, state
 from database import reading, writing
 from models import FailedSignIns, Timestamp, new_id, now
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
 _CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")
 _CLIENT_SECRET = re.compile(r"cs_([A-Za-z0-9_-]{8})[A-Za-z0-9_-]{43}([A-Za-z0-9_-]{6})")
-# rt_ + the family's name (128 random bits, 22) + 256 random bits (43).
+# rt_ + the id of the family (128 random bits, 22) + 256 random bits (43).
 _REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
-
-
-def init_app(app: Flask, *, bcrypt_cost: int) -> None:
-    """Give the app its checker of client secrets."""
-    state(app).client_secrets = SecretChecker(bcrypt_cost)
-
-
-def checker() -> SecretChecker:
-    """The running app's checker of client secrets."""
-    return state().client_secrets
+# Verified secrets that a process remembers, by digests with its own key.
+MOST_REMEMBERED = 16_384
+_KEY = secrets.token_bytes(32)
 
 
 class NewSecret(NamedTuple):
-    """A client secret just made: its text, the public hint in it that names its row, its hash."""
+    """A new client secret: text, the public hint in the text (a database key), bcrypt hash."""
 
     text: str
     hint: str
     hash: bytes
+
+
+class Throttled(Problem):
+    """429 (RFC 6585 §4): too many sign-ins have failed, or too many secrets wait to be verified."""
+
+    reason = "throttled"
+
+    def __init__(self, seconds: int) -> None:
+        text = "Too many sign-ins have failed. Try again when Retry-After has passed."
+        super().__init__(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
 
 
 class Algorithms(JWSRegistry):
@@ -66,73 +67,59 @@ class Algorithms(JWSRegistry):
     """
 
     def get_alg(self, name: str) -> Any:
-        """Return the algorithm, or refuse it."""
         if name not in (self.allowed or ()):
             raise UnsupportedAlgorithmError(f"Algorithm of {name!r} is not allowed")
         return self.algorithms[name]
 
 
 def new_client_id() -> str:
-    """A client id: `cid_` and 128 random bits."""
+    """Return a client id: `cid_` and 128 random bits."""
     return new_id("cid_")
 
 
 def is_client_id(text: str) -> bool:
-    """Whether the text is shaped like a client id."""
+    """Whether the text has the form of a client id."""
     return _CLIENT_ID.fullmatch(text) is not None
 
 
 def begins_client_id(text: str) -> bool:
-    """Whether the text can be the start of one client id rather than of all: four random characters tell."""
+    """Whether the text starts a client id and is long enough to identify it: four random characters."""
     return len(text) >= 8 and text.startswith("cid_")
 
 
 def new_jti(family_id: str) -> str:
-    """A token id, RFC 7519 §4.1.7: what all access tokens of a family share, a dot, 128 random bits."""
+    """Return a token id (RFC 7519 §4.1.7): the grant id of the family, a dot, 128 random bits."""
     return f"{grant_id(family_id)}.{secrets.token_urlsafe(16)}"
 
 
 def grant_id(family_id: str) -> str:
-    """What access tokens may show of their family: its id itself would let a service end it."""
+    """Return the public id of a family. The family id itself would let any service end the family."""
     return urlsafe_b64encode(digest(family_id)[:12]).decode()
 
 
 def new_webhook_secret() -> str:
-    """A Standard Webhooks secret: `whsec_` and 44 letters and digits, the base64 of 33 random bytes."""
+    """Return a Standard Webhooks secret: `whsec_` and the base64 of 33 random bytes, letters and digits."""
     return "whsec_" + "".join(secrets.choice(ascii_letters + digits) for _ in range(44))
 
 
-def new_admin_token() -> str:
-    """An operator's token: 256 random bits."""
-    return secrets.token_urlsafe(32)
-
-
-def client_secret_hint(text: str) -> str | None:
-    """The hint of a well-formed client secret, or None: a malformed one is not worth a hash."""
-    match = _CLIENT_SECRET.fullmatch(text)
-    if match is None or match[2] != _checksum(text[:-6]):
-        return None
-    return match[1]
-
-
 def new_family_id() -> str:
-    """The name of a family of refresh tokens: 128 random bits."""
+    """Return an id for a family of refresh tokens: 128 random bits."""
     return secrets.token_urlsafe(16)
 
 
 def new_refresh_token(family_id: str) -> str:
-    """A refresh token of the family named: 256 random bits of its own."""
+    """Return a refresh token of the family: `rt_`, the family id, 256 random bits."""
     return f"rt_{family_id}{secrets.token_urlsafe(32)}"
 
 
 def refresh_token_family(text: str) -> str | None:
-    """The id of the family a well-formed refresh token belongs to, or None."""
+    """Return the family id in a well-formed refresh token, or None."""
     match = _REFRESH_TOKEN.fullmatch(text)
     return match[1] if match else None
 
 
 def digest(text: str) -> bytes:
-    """What is stored of a refresh token: it is 256 random bits, so a plain SHA-256 guards it."""
+    """Return the SHA-256 of a refresh token, to store: a slow hash is for fewer than 256 random bits."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -141,188 +128,150 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(digest(one), digest(other))
 
 
-def _native_thread() -> Executor:
-    """Return an executor of one native thread, also where gevent makes greenlets of Python's threads."""
-    is_patched = monkey.is_module_patched("threading")
-    return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
+def new_client_secret(bcrypt_cost: int) -> NewSecret:
+    """Return a client secret: `cs_`, an 8-character hint, 256 random bits and a checksum; 60 bytes."""
+    hint = secrets.token_urlsafe(6)
+    body = f"cs_{hint}{secrets.token_urlsafe(32)}"
+    text = body + _checksum(body)
+    return NewSecret(text, hint, _run(bcrypt.hashpw, text.encode(), bcrypt.gensalt(bcrypt_cost)))
 
 
-def _at_low_priority(work: Callable[..., Any], *arguments: bytes) -> Any:
+def client_secret_hint(text: str) -> str | None:
+    """Return the hint in a well-formed client secret, or None."""
+    match = _CLIENT_SECRET.fullmatch(text)
+    return match[1] if match and match[2] == _checksum(text[:-6]) else None
+
+
+def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
+    """Whether a client secret matches the stored hash.
+
+    bcrypt takes tens of milliseconds, so each process remembers which secrets matched. The caller reads
+    the hash from the database at every request: a rotated secret is refused at once in every worker.
+
+    :param stored: None when the client has no such secret, which takes as long as a wrong one.
+    :raises Throttled: when too many sign-ins have failed.
+    """
+    remembered = state().verified_secrets
+    keyed = hashlib.blake2b(secret.encode(), key=_KEY, digest_size=32).digest()
+    if stored and hmac.compare_digest(remembered.get(stored, b""), keyed):
+        return True
+    name = client_id if is_client_id(client_id) else "-"
+    hint = client_secret_hint(secret)
+    is_right = throttle(
+        # A malformed secret matches nothing: refuse it without bcrypt.
+        lambda: hint is not None and _matches(secret, stored),
+        f"{name} {hint}" if stored else name,
+        known=stored is not None,
+    )
+    if is_right and stored:  # a failure is never remembered
+        remembered[stored] = keyed
+        if len(remembered) > MOST_REMEMBERED:
+            remembered.popitem(last=False)
+    return is_right
+
+
+def _matches(secret: str, stored: bytes | None) -> bool:
+    if not _turn.acquire(blocking=stored is not None):
+        raise Throttled(1)  # others wait, and this secret matches nothing
+    try:
+        # The second hash matches nothing; with it an unknown client costs what a known one does.
+        hashed = stored or bcrypt.gensalt(settings().bcrypt_cost) + b"." * 31
+        matches: bool = _run(bcrypt.checkpw, secret.encode(), hashed)
+    finally:
+        _turn.release()
+    return matches and stored is not None
+
+
+# One hash at a time, since bcrypt takes tens of milliseconds of a core; in a native thread, also where
+# gevent makes greenlets of Python's threads.
+_is_patched = monkey.is_module_patched("threading")
+_thread: Executor = threadpool.ThreadPoolExecutor(1) if _is_patched else ThreadPoolExecutor(1, "bcrypt")
+_turn = threading.Lock()
+
+
+def _run(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
     """Run bcrypt so that the kernel prefers all other threads: most requests need no bcrypt."""
-    with suppress(OSError):  # only Linux has priorities for threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    return work(*arguments)
+
+    def run() -> Any:
+        with suppress(OSError):  # only Linux has priorities for threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        return work(*arguments)
+
+    return _thread.submit(run).result()
 
 
 def _checksum(body: str) -> str:
     return urlsafe_b64encode(zlib.crc32(body.encode()).to_bytes(4, "big")).decode().rstrip("=")
 
 
-class Busy(Exception):
-    """Too many secrets wait to be checked for one that cannot be right to wait too."""
-
-
-class SecretChecker:
-    """Hashes client secrets with bcrypt and remembers, in this process, which ones matched.
-
-    bcrypt takes tens of milliseconds, so a secret that matched a stored hash once is known again by
-    a keyed digest of it. The caller reads the stored hash from the database at every request: a
-    hash that is gone cannot be asked about, so a rotated secret is dead at once in every worker.
-    Failures are never remembered.
-    """
-
-    def __init__(self, cost: int, size: int = 16_384) -> None:
-        self._cost = cost
-        self._size = size
-        self._key = secrets.token_bytes(32)
-        self._verified: OrderedDict[bytes, bytes] = OrderedDict()
-        self._lock = threading.Lock()
-        self._turn = threading.Lock()
-        # One hash at a time: bcrypt takes tens of milliseconds of a core.
-        self._thread = _native_thread()
-        # A hash nothing matches, checked for unknown clients so that they cost what known ones do.
-        self._decoy = bcrypt.gensalt(cost) + b"." * 31
-
-    def make(self) -> NewSecret:
-        """A client secret: `cs_`, an 8-character hint, 256 random bits and a checksum; 60 bytes."""
-        hint = secrets.token_urlsafe(6)
-        body = f"cs_{hint}{secrets.token_urlsafe(32)}"
-        text = body + _checksum(body)
-        salt = bcrypt.gensalt(self._cost)
-        hashed = self._thread.submit(_at_low_priority, bcrypt.hashpw, text.encode(), salt).result()
-        return NewSecret(text, hint, hashed)
-
-    def remembers(self, secret: str, stored: bytes | None) -> bool:
-        """Whether `secret` matched the hash `stored` before, in this process."""
-        if stored is None:
-            return False
-        with self._lock:
-            known = self._verified.get(stored)
-        return known is not None and hmac.compare_digest(known, self._keyed(secret))
-
-    def check(self, secret: str, stored: bytes | None) -> bool:
-        """Whether `secret` is the one hashed as `stored`; None (no such row) takes as long as a wrong one.
-
-        :raises Busy: when there is no such row, and others wait: this one cannot be right.
-        """
-        if not self._turn.acquire(blocking=stored is not None):
-            raise Busy
-        try:
-            hashed = stored or self._decoy
-            running = self._thread.submit(_at_low_priority, bcrypt.checkpw, secret.encode(), hashed)
-            matches: bool = running.result()
-        finally:
-            self._turn.release()
-        if matches and stored is not None:
-            self._remember(stored, self._keyed(secret))
-        return matches and stored is not None
-
-    def _keyed(self, secret: str) -> bytes:
-        return hashlib.blake2b(secret.encode(), key=self._key, digest_size=32).digest()
-
-    def _remember(self, stored: bytes, keyed: bytes) -> None:
-        with self._lock:
-            self._verified[stored] = keyed
-            while len(self._verified) > self._size:
-                self._verified.popitem(last=False)
-
-
 class Limit(NamedTuple):
-    """How many failures are let by at once, and the seconds after which each is forgotten."""
+    """The number of failures allowed at once, and the time after which each is forgotten."""
 
     failures: int
-    seconds: int
-
-    @property
-    def window(self) -> timedelta:
-        """The time in which all of them are forgotten."""
-        return timedelta(seconds=self.failures * self.seconds)
+    pause: timedelta
 
 
-# For guesses at one client secret, or at the admin token, from one address: fifty, then ten a minute.
-SECRET = Limit(50, 6)
-# For whatever names no live secret, from one address: two hundred, then one a second.
-ADDRESS = Limit(200, 1)
+# For one client secret, or the admin token, from one address: fifty, then ten a minute.
+SECRET = Limit(50, timedelta(seconds=6))
+# For everything that names no valid secret, from one address: two hundred, then one a second.
+ADDRESS = Limit(200, timedelta(seconds=1))
 
-_LOOK = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
+_READ = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
+_CLEAR_AT = bindparam("clear_at", type_=Timestamp)
 _NOW, _LATEST = bindparam("now", type_=Timestamp), bindparam("latest", type_=Timestamp)
-_KEPT = FailedSignIns.clear_at.between(_NOW, _LATEST)
-_PAUSE = bindparam("pause", type_=sa.BigInteger)  # seconds
-_LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + _PAUSE
-# In one statement, so that none of those who fail at the same time goes uncounted.
+_IS_CURRENT = FailedSignIns.clear_at.between(_NOW, _LATEST)
+_LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("seconds", type_=sa.BigInteger)
+# In one statement, so that failures at the same time are all counted.
 _COUNT = (
     insert(FailedSignIns)
-    .values(key=bindparam("key"), clear_at=bindparam("clear_at", type_=Timestamp))
+    .values(key=bindparam("key"), clear_at=_CLEAR_AT)
     .on_conflict_do_update(
         index_elements=[FailedSignIns.key],
-        set_={"clear_at": sa.case((_KEPT, _LATER), else_=bindparam("clear_at", type_=Timestamp))},
+        set_={"clear_at": sa.case((_IS_CURRENT, _LATER), else_=_CLEAR_AT)},
     )
 )
 
 
-class Guess:
-    """A sign-in that may fail, from the caller's address at something.
+def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
+    """Return the result of a check of credentials; count it by the caller's address when it fails.
 
-    A wrong guess at a secret that is there, known by its hint, is counted apart from all others: who
-    does not know the hint cannot lock out who does, not even from the same address.
+    Failures at a known secret count apart from all others: a caller who does not know its hint cannot
+    lock out one who does, not even from the same address.
+
+    :param name: the credentials to check.
+    :raises Throttled: before the check, when too many have failed.
     """
-
-    def __init__(self, at: str, *, known: bool) -> None:
-        address = _network(request.remote_addr or "")
-        self._buckets = [(f"{address} {at}", SECRET)]
-        if not known:
-            self._buckets.append((address, ADDRESS))
-
-    def refuse_if_throttled(self) -> None:
-        """Before anything is hashed or compared.
-
-        :raises Problem: 429, when too many before it were wrong.
-        """
-        moment = now()
-        with reading() as connection:
-            clear_at = [connection.scalar(_LOOK, {"key": key}) for key, _ in self._buckets]
-        for stored, (_, limit) in zip(clear_at, self._buckets, strict=True):
-            wait = _clear_at(stored, moment, limit) - moment - limit.window
-            if wait >= timedelta(0):
-                refuse(int(wait.total_seconds()) + 1)
-
-    def failed(self) -> None:
-        """Count it."""
-        moment = now()
-        with writing(durable=False, exclusive=False) as connection:
-            for key, limit in self._buckets:
-                clear_at = moment + timedelta(seconds=limit.seconds)
-                values = {"now": moment, "latest": _latest(moment, limit), "pause": limit.seconds}
-                connection.execute(_COUNT, {"key": key, "clear_at": clear_at, **values})
+    address = str(_network(request.remote_addr or ""))
+    buckets = {f"{address} {name}": SECRET} | ({} if known else {address: ADDRESS})
+    moment = now()
+    with reading() as connection:
+        for key, limit in buckets.items():
+            clear_at = connection.scalar(_READ, {"key": key}) or moment
+            excess = clear_at - moment - limit.failures * limit.pause
+            # A later time was written before the clock was set back.
+            if timedelta(0) <= excess <= limit.pause:
+                raise Throttled(int(excess.total_seconds()) + 1)
+    if check():
+        return True
+    moment = now()
+    with writing(durable=False, exclusive=False) as connection:
+        for key, limit in buckets.items():
+            latest = moment + (limit.failures + 1) * limit.pause
+            values = {"key": key, "clear_at": moment + limit.pause, "now": moment, "latest": latest}
+            connection.execute(_COUNT, {**values, "seconds": limit.pause.seconds})
+    return False
 
 
-def refuse(seconds: int) -> NoReturn:
-    """Tell the caller to come again.
-
-    :raises Problem: 429 (RFC 6585 §4).
-    """
-    counters.count_failure("throttled")
-    text = "Too many sign-ins have failed. Try again when Retry-After has passed."
-    raise Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
-
-
-def _clear_at(stored: datetime | None, moment: datetime, limit: Limit) -> datetime:
-    """When the last of the failures is forgotten; a time that a clock since set back wrote does not count."""
-    clear_at = stored or moment
-    return max(moment, clear_at) if clear_at <= _latest(moment, limit) else moment
-
-
-def _latest(moment: datetime, limit: Limit) -> datetime:
-    return moment + limit.window + timedelta(seconds=limit.seconds)
-
-
-def _network(address: str) -> str:
-    """The address, or the /64 that an IPv6 client has all of."""
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the IP address, without a zone and as IPv4 if it is mapped into IPv6; None for other text."""
     try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return address
-    mapped = getattr(ip, "ipv4_mapped", None)
-    if ip.version == 4 or mapped:
-        return str(mapped or ip)
-    return str(ipaddress.ip_network((ip, 64), strict=False))
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
+def _network(text: str) -> object:
+    """Return the address, or the /64 of an IPv6 address, all of which one client has."""
+    ip = parse_address(text)
+    return ipaddress.ip_network((ip, 64), strict=False) if ip and ip.version == 6 else ip or text

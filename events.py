@@ -1,15 +1,16 @@
-"""The audit log and the webhook outbox, written in the transaction of the change they describe."""
+"""The audit log and the webhook outbox, written in the transaction of the change; counters for `/metrics`."""
 
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from sqlalchemy.exc import DBAPIError
 
 import schemas
@@ -20,10 +21,10 @@ from models import Delivery, Event, Number, Timestamp, Webhook, has_word, new_id
 OPERATOR = "admin"
 NOBODY = "anonymous"
 
-# It is logged and kept: a secret put there by mistake is no id.
+# Request ids are logged and stored: a secret sent as one by mistake is replaced.
 _REQUEST_ID = re.compile(r"(?!cs_|rt_|whsec_)[A-Za-z0-9._-]{1,64}")
 _INSERT = sa.insert(Event).returning(Event.pk)
-# One row for each webhook that subscribes to the event, written with it: neither is lost without the other.
+# One row for each webhook that subscribes to the event, in the same transaction.
 _OUTBOX = sa.insert(Delivery).from_select(
     ["webhook_pk", "event_pk", "status", "attempts", "created_at", "next_attempt_at"],
     sa.select(
@@ -43,25 +44,48 @@ _OUTBOX = sa.insert(Delivery).from_select(
     ),
 )
 
+disable_created_metrics()  # multiprocess mode has none
+REGISTRY = CollectorRegistry()  # the library's default holds metrics of one process
+_counter = partial(Counter, registry=REGISTRY)
+DURATION = Histogram(
+    "lanyard_http_request_duration_seconds",
+    "Requests, by how long they took to answer.",
+    ["route", "method", "status"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    registry=REGISTRY,
+)
+_FAILED = "Requests whose authentication failed, by the first reason met."
+_FAILURES = _counter("lanyard_auth_failures", _FAILED, ["reason"])
+_ATTEMPTED = "Attempts at webhook deliveries, by the status they left the delivery in."
+ATTEMPTS = _counter("lanyard_webhook_attempts", _ATTEMPTED, ["status"])
+TOKENS_ISSUED = _counter("lanyard_tokens_issued", "Grants made for client credentials.")
+TOKENS_REFRESHED = _counter("lanyard_tokens_refreshed", "Refresh tokens exchanged.")
+TOKENS_REVOKED = _counter("lanyard_tokens_revoked", "Tokens ended by revocation.")
+TOKENS_REUSED = _counter("lanyard_refresh_token_reuses", "Refresh tokens used twice, ending their grant.")
+_REASONS = "wrong_secret unknown_client malformed assertion inactive_agent admin_token access_token throttled"
+# A series that appears with its first event has no rate for that event: start each at 0.
+for reason in _REASONS.split():
+    _FAILURES.labels(reason)
+for status in ("delivered", "retrying", "dead"):
+    ATTEMPTS.labels(status)
+
 
 class _Limiter:
-    """Allow one of a kind a minute, and one of any kind a second, in this process."""
+    """Allow one event of a kind a minute, and one of any kind a second, in this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._last: OrderedDict[object, float] = OrderedDict()
         self._any = float("-inf")
 
     def allow(self, kind: object) -> bool:
         now = time.monotonic()
-        with self._lock:
-            if now < self._any + 1 or now < self._last.get(kind, float("-inf")) + 60:
-                return False
-            self._any = self._last[kind] = now
-            self._last.move_to_end(kind)
-            if len(self._last) > 1000:
-                self._last.popitem(last=False)
-            return True
+        if now < self._any + 1 or now < self._last.get(kind, float("-inf")) + 60:
+            return False
+        self._any = self._last[kind] = now
+        self._last.move_to_end(kind)
+        if len(self._last) > 1000:
+            self._last.popitem(last=False)
+        return True
 
 
 _failures = _Limiter()
@@ -81,10 +105,10 @@ def record(
     only_webhook: int | None = None,
     **data: Any,
 ) -> int:
-    """Record an event in the caller's write transaction, and put it in the outbox; returns its number.
+    """Record an event in the caller's write transaction, and put it in the outbox; return its row number.
 
-    :param agent: the agent it is about, an object with `id`, `name` and `client_id`.
-    :param only_webhook: the row number of the webhook to notify, whatever it subscribes to.
+    :param agent: the agent concerned, an object with `id`, `name` and `client_id`.
+    :param only_webhook: the row number of the one webhook to notify, whatever it subscribes to.
     :param data: further facts; never a secret, a hash or a token.
     """
     if agent is not None:
@@ -112,21 +136,28 @@ def record(
     return event_pk
 
 
-def record_failure(client_id: str | None) -> None:
-    """Record a failed authentication in a transaction of its own; only some of many, to bound the log."""
-    if _failures.allow((client_id, request.remote_addr)):
-        # A database that is locked must not turn a refusal into another answer.
+def count_failure(reason: str | None, *, is_recorded: bool = False, client_id: str | None = None) -> None:
+    """Count a failed authentication, of each request only the first; record some as `auth.failed`.
+
+    :param reason: a label of the counter; None for a failure that is only recorded.
+    :param is_recorded: record it, unless many fail: they must not fill the log.
+    """
+    if reason and not g.get("has_failed"):
+        g.has_failed = True
+        _FAILURES.labels(reason).inc()
+    if is_recorded and _failures.allow((client_id, request.remote_addr)):
+        data: dict[str, Any] = {"client_id": client_id} if client_id else {}
         try:
             with writing(durable=False, exclusive=False) as connection:
-                facts: dict[str, Any] = {"client_id": client_id} if client_id else {}
-                record(connection, "auth.failed", **facts)
+                record(connection, "auth.failed", **data)
         except DBAPIError as error:
+            # A locked database must not turn a refusal into another response.
             if not is_transient(error):
                 raise
 
 
 def set_caller(actor: str, client_id: str | None = None) -> None:
-    """Note who makes this request: `admin`, or an agent by its id, with its client id."""
+    """Set the caller of this request, for events and the access log: `admin`, or an agent's id."""
     g.actor, g.client_id = actor, client_id
 
 

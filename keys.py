@@ -1,14 +1,15 @@
-"""Signing keys: make, publish, use and rotate them; the JWKS."""
+"""Signing keys: make, publish, rotate, sign and verify with them; the JWKS; `/api/keys`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from joserfc import jwt
 from joserfc.errors import InvalidKeyIdError
 from joserfc.jwk import ECKey, GuestProtocol, Key, KeySet, OKPKey, RSAKey, import_key
 
@@ -18,51 +19,48 @@ import schemas
 from api import BY_OPERATOR, Blueprint
 from config import DAY, settings, state
 from database import reading, writing
-from models import NEWEST_KEY, SigningKey, now
+from models import NEWEST_KEY, SigningKey, Timestamp, now
 
-JWKS_MAX_AGE = 300  # seconds a verifier may keep the key set
-# A new key signs when every cached JWKS without it has expired; a minute more is for slow responses.
-LEAD = JWKS_MAX_AGE + 60
+JWKS_MAX_AGE = 300  # seconds
+# A new key signs when every cached JWKS without it has expired, and a minute later for slow responses.
+LEAD = JWKS_MAX_AGE + 60  # seconds
 LONGEST_TOKEN = DAY
 
-NEWEST_FIRST = sa.select(
-    SigningKey.pk,
-    SigningKey.kid,
-    SigningKey.alg,
-    SigningKey.created_at,
-    SigningKey.signs_from,
-    SigningKey.gone_at,
-).order_by(SigningKey.pk.desc())
-
-
-SIGNING_ALGORITHMS = credentials.Algorithms(algorithms=("RS256", "ES256", "EdDSA"))
+_NOW = sa.bindparam("now", type_=Timestamp)
+_SIGNS = sa.select(sa.func.max(SigningKey.pk)).where(SigningKey.signs_from <= _NOW).correlate(None)
+_OLDEST = sa.select(sa.func.min(SigningKey.pk)).correlate(None)
+_STATE = sa.case(
+    (SigningKey.gone_at <= _NOW, "gone"),
+    # After the clock was set back none may sign yet: then the oldest does.
+    (SigningKey.pk == sa.func.coalesce(_SIGNS.scalar_subquery(), _OLDEST.scalar_subquery()), "signing"),
+    (SigningKey.signs_from > _NOW, "published"),
+    else_="retired",
+)
+_DATES = (SigningKey.created_at, SigningKey.signs_from, SigningKey.gone_at)
+_LIST = sa.select(SigningKey.kid, SigningKey.alg, *_DATES, _STATE.label("state")).order_by(
+    SigningKey.pk.desc()
+)
+_GENERATE: dict[str, Callable[[], Key]] = {
+    "RS256": lambda: RSAKey.generate_key(2048),
+    "ES256": lambda: ECKey.generate_key("P-256"),
+    "EdDSA": lambda: OKPKey.generate_key("Ed25519"),
+}
+_ALGORITHMS = credentials.Algorithms(algorithms=tuple(_GENERATE))
 
 
 class ParsedKey(NamedTuple):
-    """A key as a process has read and parsed it: parsing costs more than a signature."""
+    """A signing key as a process remembers it: parsing takes longer than signing."""
 
+    pk: int
     key: Key
-    public: str  # the public half, as JSON
     signs_from: datetime
     gone_at: datetime | None
-
-
-@dataclass
-class Keyring:
-    """The keys that a process has read, oldest first."""
-
-    keys: list[ParsedKey]
-    newest: int
-
-    def alive(self, moment: datetime) -> list[ParsedKey]:
-        """Return the keys that are not gone."""
-        return [held for held in self.keys if held.gone_at is None or held.gone_at > moment]
 
 
 def ensure_signing_key(connection: sa.Connection, *, follow_setting: bool) -> None:
     """Make the first key.
 
-    :param follow_setting: make the next key, too, when the newest is not of the configured algorithm.
+    :param follow_setting: rotate when the newest key is not of the configured algorithm.
     """
     alg = _newest_alg(connection)
     if alg is None:
@@ -72,78 +70,65 @@ def ensure_signing_key(connection: sa.Connection, *, follow_setting: bool) -> No
 
 
 def rotate(connection: sa.Connection, alg: str | None = None, *, at_once: bool = False) -> None:
-    """Publish a new key, which signs when every verifier knows it.
+    """Publish a new key, which signs once every verifier can know it.
 
-    :param alg: its algorithm; that of the newest key unless given.
-    :param at_once: it signs now, and all others are gone with every token they signed: for a leak.
+    :param alg: the algorithm; that of the newest key unless given.
+    :param at_once: after a leak: sign now, and delete all other keys, which ends every token they signed.
     """
     alg = alg or _newest_alg(connection) or settings().signing_alg
     signs_from = now() if at_once else now() + timedelta(seconds=LEAD)
     if at_once:
         connection.execute(sa.delete(SigningKey))
     else:
-        # The others stay until the last token that one of them may sign has expired.
+        # The others stay published until the last token that they may sign has expired.
         gone_at = signs_from + timedelta(seconds=LONGEST_TOKEN)
         connection.execute(sa.update(SigningKey).where(SigningKey.gone_at.is_(None)).values(gone_at=gone_at))
     kid = _add_key(connection, alg, signs_from)
     events.record(connection, "key.rotated", kid=kid, alg=alg, at_once=at_once)
 
 
-class ListedKey(NamedTuple):
-    """A key and its state: `published`, `signing`, `retired` or `gone`."""
-
-    kid: str
-    alg: str
-    state: str
-    created_at: datetime
-    signs_from: datetime
-    gone_at: datetime | None
+def list_keys(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """Return every key, newest first, with its `state`: `published`, `signing`, `retired` or `gone`."""
+    return connection.execute(_LIST, {"now": now()}).all()
 
 
-def list_keys(connection: sa.Connection) -> list[ListedKey]:
-    """Return every key, newest first."""
-    return states(connection.execute(NEWEST_FIRST).all())
-
-
-def states(rows: Sequence[Any]) -> list[ListedKey]:
-    """Return the keys with their states; `rows` as NEWEST_FIRST selects them."""
-    moment = now()
-    signing = next((row.pk for row in rows if row.signs_from <= moment), rows[-1].pk if rows else None)
-    return [
-        ListedKey(row.kid, row.alg, _state(row, moment, signing), row.created_at, row.signs_from, row.gone_at)
-        for row in rows
-    ]
-
-
-def _state(row: Any, moment: datetime, signing: int | None) -> str:
-    if row.gone_at is not None and row.gone_at <= moment:
-        return "gone"
-    if row.pk == signing:
-        return "signing"
-    return "published" if row.signs_from > moment else "retired"
-
-
-def signing_key(newest: int) -> Key:
-    """Return the key that signs now.
+def sign(claims: dict[str, Any], newest: int) -> str:
+    """Return the claims as an access token: a JWT of the type `at+jwt` (RFC 9068 §2.1).
 
     :param newest: NEWEST_KEY as this request read it.
     """
-    ring = _keyring(newest)
-    signing = [held.key for held in ring.keys if held.signs_from <= now()]
-    # After the clock was set back none may sign yet: then the oldest does.
-    return signing[-1] if signing else ring.keys[0].key
+    key = signing_key(newest)
+    header = {"alg": key.alg, "typ": "at+jwt", "kid": key.kid}
+    return jwt.encode(header, claims, key, registry=_ALGORITHMS, default_type=None)
 
 
-def find_key(signature: GuestProtocol) -> KeySet:
-    """Return the key that a token names by its `kid`, for joserfc to verify with.
+@lru_cache(maxsize=2048)
+def verify(token: str) -> jwt.Token:
+    """Return the header and the claims of a token that one of the keys has signed.
 
-    :raises InvalidKeyIdError: when there is no such key, or it is gone.
+    A valid signature is remembered, since an agent sends the same token for an hour; an invalid one never.
+    Whether the key is still valid must be read from the database, as everything else that can change.
+
+    :raises JoseError: or ValueError or TypeError, when it is malformed or the signature is invalid.
     """
+    # The key is found by `kid`; a `jwk` or `jku` in the header is never used (RFC 8725 §3.10).
+    return jwt.decode(token, _find_key, registry=_ALGORITHMS)
+
+
+def signing_key(newest: int) -> Key:
+    """Return the key that signs now; `newest` as for `sign`."""
+    known = _known_keys(newest)
+    signing = [parsed.key for parsed in known if parsed.signs_from <= now()]
+    # As in _STATE.
+    return signing[-1] if signing else known[0].key
+
+
+def _find_key(signature: GuestProtocol) -> KeySet:
     kid = signature.headers().get("kid")
-    for ring in (_keyring, _read_keys):
-        found = [held.key for held in ring().alive(now()) if held.key.kid == kid]
-        if found:
-            return KeySet(found)
+    for read in (_known_keys, _read_keys):
+        keys = [key for key in _published(read()) if key.kid == kid]
+        if keys:
+            return KeySet(keys)
     raise InvalidKeyIdError("No key has this kid.")
 
 
@@ -151,53 +136,42 @@ def published() -> bytes:
     """Return the JWKS: the public halves of all keys that are not gone (RFC 7517 §5)."""
     with reading() as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
-    ring = _keyring(newest or 0)
-    return f'{{"keys": [{", ".join(key.public for key in ring.alive(now()))}]}}'.encode()
+    return json.dumps(KeySet(_published(_known_keys(newest or 0))).as_dict(private=False)).encode()
+
+
+def _published(known: list[ParsedKey]) -> list[Key]:
+    return [parsed.key for parsed in known if parsed.gone_at is None or parsed.gone_at > now()]
 
 
 def _newest_alg(connection: sa.Connection) -> str | None:
     return connection.scalar(sa.select(SigningKey.alg).order_by(SigningKey.pk.desc()).limit(1))
 
 
-def _keyring(newest: int | None = None) -> Keyring:
-    """Return the keys that this process knows, read again when the newest is not `newest`, if given."""
-    ring = state().keyring
-    return ring if ring and newest in (None, ring.newest) else _read_keys()
+def _known_keys(newest: int | None = None) -> list[ParsedKey]:
+    """Return this process's keys, oldest first; read again when the newest is not `newest`, if given."""
+    known = state().signing_keys
+    return known if known and newest in (None, known[-1].pk) else _read_keys()
 
 
-def _read_keys() -> Keyring:
+def _read_keys() -> list[ParsedKey]:
     with reading() as connection:
         rows = connection.execute(sa.select(SigningKey).order_by(SigningKey.pk)).all()
-    old = state().keyring
-    parsed = {held.key.kid: held.key for held in old.keys} if old else {}
-    held = [_hold(row, parsed.get(row.kid) or _parse(row)) for row in rows]
-    ring = state().keyring = Keyring(held, max((row.pk for row in rows), default=0))
-    return ring
-
-
-def _hold(row: sa.Row[Any], key: Key) -> ParsedKey:
-    return ParsedKey(key, json.dumps(key.as_dict(private=False)), row.signs_from, row.gone_at)
-
-
-def _parse(row: sa.Row[Any]) -> Key:
-    return import_key(json.loads(row.jwk), parameters={"kid": row.kid, "alg": row.alg, "use": "sig"})
+    parsed = {known.key.kid: known.key for known in state().signing_keys}
+    for row in rows:
+        if row.kid not in parsed:
+            parameters: Any = {"kid": row.kid, "alg": row.alg, "use": "sig"}
+            parsed[row.kid] = import_key(json.loads(row.jwk), parameters=parameters)
+    known = [ParsedKey(row.pk, parsed[row.kid], row.signs_from, row.gone_at) for row in rows]
+    state().signing_keys = known
+    return known
 
 
 def _add_key(connection: sa.Connection, alg: str, signs_from: datetime) -> str:
-    key = _generate(alg)
-    # RFC 7638: the thumbprint names the key the same way everywhere.
-    kid = key.thumbprint()
+    key = _GENERATE[alg]()
+    kid = key.thumbprint()  # RFC 7638
     row = {"kid": kid, "alg": alg, "jwk": json.dumps(key.as_dict(private=True))}
     connection.execute(sa.insert(SigningKey), {**row, "created_at": now(), "signs_from": signs_from})
     return kid
-
-
-def _generate(alg: str) -> Key:
-    if alg == "ES256":
-        return ECKey.generate_key("P-256")
-    if alg == "EdDSA":
-        return OKPKey.generate_key("Ed25519")
-    return RSAKey.generate_key(2048)
 
 
 bp = Blueprint(
@@ -219,7 +193,7 @@ def list_signing_keys() -> dict[str, Any]:
 def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
     """Make a new signing key.
 
-    It is published first and signs when every verifier can know it. With `now` it signs at once.
+    The key is published first and signs once every verifier can know it. With `now` it signs at once.
     """
     with writing() as connection:
         rotate(connection, at_once=fields["now"])

@@ -24,7 +24,6 @@ from flask import Flask, Response, g, request
 
 import auth
 import client_auth
-import counters
 import credentials
 import events
 import keys
@@ -195,7 +194,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         """Issue and store the tokens. (Authlib's method would write them to its debug log.)"""
         token = self.generate_token(scope=self.request.payload.scope)
         tokens.start_family(self.client, token)
-        counters.count_token("issued")
+        events.TOKENS_ISSUED.inc()
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
 
@@ -222,11 +221,11 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         """Issue the tokens and replace the refresh token."""
         token = self.generate_token(scope=self.scope)
         tokens.rotate_family(self.client, token)
-        counters.count_token("refreshed")
+        events.TOKENS_REFRESHED.inc()
         return 200, token, self.TOKEN_RESPONSE_HEADER
 
     def _narrowed_scope(self) -> str:
-        granted = self.client.held_scopes
+        granted = self.client.granted_scopes
         scope = self.request.payload.scope
         requested = scope.split(" ") if scope else granted
         if not set(requested) <= set(granted) or (self.client.row.family_scopes and not granted):
@@ -235,7 +234,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
 
     def _narrowed_audiences(self) -> list[str]:
         # RFC 8707 §2.2: the granted audiences, or fewer.
-        granted = self.client.held_audiences
+        granted = self.client.granted_audiences
         requested = _requested_audiences(self.request) or granted
         if not requested or not set(requested) <= set(granted):
             raise OAuth2Error(_BAD_TARGET, error="invalid_target")
@@ -266,7 +265,7 @@ class _TokenEndpoint:
             client_id = None
         elif request.headers.get("Authorization", "")[:7].lower() == "bearer ":
             auth.require_agent()
-            client_id = None if auth.is_admin() else g.agent.client_id
+            client_id = None if auth.ADMIN_SCOPE in g.scopes else g.agent.client_id
         else:
             return client_auth.authenticate(request).get_client_id()
         if {"client_secret", "client_assertion"} & set(request.form):
@@ -312,13 +311,13 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
         """Revoke the token, in every worker, before the response."""
         if isinstance(token.agent, client_auth.Client):
             if tokens.end_family(token.agent, "token.revoked"):
-                counters.count_token("revoked")
+                events.TOKENS_REVOKED.inc()
             return
         with writing(exclusive=False) as connection:
             expires_at = datetime.fromtimestamp(token.claims["exp"], UTC)
             tokens.revoke(connection, token.claims["jti"], expires_at)
             events.record(connection, "token.revoked", token.agent, token="access")
-        counters.count_token("revoked")
+        events.TOKENS_REVOKED.inc()
 
 
 def _access_token(text: str) -> ValidToken | None:
@@ -335,7 +334,7 @@ def _refresh_token(text: str) -> ValidToken | None:
     if client is None:
         return None
     row = client.row
-    scopes, audiences = client.held_scopes, client.held_audiences
+    scopes, audiences = client.granted_scopes, client.granted_audiences
     if not audiences or (row.family_scopes and not scopes):
         return None
     return ValidToken(

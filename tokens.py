@@ -8,51 +8,54 @@ from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
-from authlib.oauth2.rfc6749 import InvalidGrantError, InvalidScopeError
+from authlib.oauth2.rfc6749 import InvalidGrantError
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
-from joserfc import jwt
 from sqlalchemy import bindparam
-from sqlalchemy.dialects.postgresql import insert  # SQLite's compiler knows it too
+from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
-import counters
 import credentials
 import events
 import keys
 from api import Problem
 from client_auth import COLUMNS, AuthenticationFailed, Client
-from config import DAY, Settings, settings
+from config import Settings, settings
 from database import reading, writing
-from models import Agent, ClientSecret, RefreshFamily, RevokedToken, Timestamp, UsageDay, now
+from models import Agent, ClientSecret, RefreshFamily, RevokedToken, Timestamp, UsageDay, is_active, now
 
 log = logging.getLogger("lanyard")
 
-FAMILY_TTL = 30 * DAY
-MINUTE = 60  # seconds
+FAMILY_TTL = timedelta(days=30)
+MINUTE = timedelta(minutes=1)
 
 _NOW: Any = bindparam("now", type_=Timestamp)
-_LIVE_AGENT = sa.and_(
-    Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.active(_NOW)
+_ISSUED, _REFRESHED = bindparam("issued", type_=sa.Integer), bindparam("refreshed", type_=sa.Integer)
+_COUNT = (
+    sa.update(Agent)
+    .where(Agent.pk == bindparam("agent"), Agent.token_version == bindparam("version"), Agent.active(_NOW))
+    .values(
+        token_count=Agent.token_count + _ISSUED,
+        refresh_count=Agent.refresh_count + _REFRESHED,
+        last_activity_at=_NOW,
+        last_token_issued_at=_NOW,
+    )
 )
-_ACTIVITY = {"last_activity_at": _NOW, "last_token_issued_at": _NOW}
-_COUNT_TOKEN = sa.update(Agent).where(_LIVE_AGENT).values(token_count=Agent.token_count + 1, **_ACTIVITY)
-_COUNT_REFRESH = (
-    sa.update(Agent).where(_LIVE_AGENT).values(refresh_count=Agent.refresh_count + 1, **_ACTIVITY)
-)
-_DAY = (UsageDay.agent_pk, UsageDay.day)
-_TOKEN_DAY = (
+_COUNT_IN_DAY = (
     insert(UsageDay)
-    .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=1, tokens_refreshed=0)
-    .on_conflict_do_update(index_elements=_DAY, set_={"tokens_issued": UsageDay.tokens_issued + 1})
-)
-_REFRESH_DAY = (
-    insert(UsageDay)
-    .values(agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=0, tokens_refreshed=1)
-    .on_conflict_do_update(index_elements=_DAY, set_={"tokens_refreshed": UsageDay.tokens_refreshed + 1})
+    .values(
+        agent_pk=bindparam("agent"), day=bindparam("day"), tokens_issued=_ISSUED, tokens_refreshed=_REFRESHED
+    )
+    .on_conflict_do_update(
+        index_elements=(UsageDay.agent_pk, UsageDay.day),
+        set_={
+            "tokens_issued": UsageDay.tokens_issued + _ISSUED,
+            "tokens_refreshed": UsageDay.tokens_refreshed + _REFRESHED,
+        },
+    )
 )
 _IS_NEW_MINUTE = sa.or_(
     Agent.minute_began_at.is_(None),
     Agent.minute_began_at <= bindparam("minute_ago", type_=Timestamp),
-    # It began before the clock was set back; a request that waited for the lock is only a little behind.
+    # The minute began before the clock was set back. (A request that waited for the lock is a little behind.)
     Agent.minute_began_at > bindparam("minute_ahead", type_=Timestamp),
 )
 _IS_UNDER_LIMIT = sa.or_(_IS_NEW_MINUTE, Agent.minute_count < Agent.rate_limit)
@@ -76,12 +79,9 @@ _BY_FAMILY = (
     .join(Agent, Agent.pk == RefreshFamily.agent_pk)
     .where(RefreshFamily.id == bindparam("family"))
 )
-_NEXT_TOKEN = (
-    sa.update(RefreshFamily)
-    .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash"))
-    .values(
-        {name: bindparam(name) for name in ("token_hash", "scopes", "audiences", "issued_at", "expires_at")}
-    )
+# The columns to set are those of the parameters.
+_NEXT_TOKEN = sa.update(RefreshFamily).where(
+    RefreshFamily.id == bindparam("family"), RefreshFamily.token_hash == bindparam("old_hash")
 )
 _REVOKE = insert(RevokedToken).on_conflict_do_nothing()
 _END_FAMILY = sa.delete(RefreshFamily).where(RefreshFamily.id == bindparam("family"))
@@ -93,15 +93,12 @@ class TokenGenerator(JWTBearerTokenGenerator):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             issuer=settings.issuer,
-            refresh_token_generator=self._refresh_token,
+            refresh_token_generator=lambda client, **_: credentials.new_refresh_token(client.family_id),
             expires_generator=lambda client, grant_type: client.token_lifetime,
         )
 
     def access_token_generator(self, client: Client, grant_type: str, user: None, scope: str) -> str:
-        """Sign the claims of RFC 9068 §2.2.
-
-        Authlib's own method puts `typ` before `alg` in the header, and reads the clock once more.
-        """
+        """Sign the claims of RFC 9068 §2.2. (Authlib's own method reads the clock once more.)"""
         issued_at = int(client.now.timestamp())
         audiences = client.audiences
         claims = {
@@ -114,92 +111,71 @@ class TokenGenerator(JWTBearerTokenGenerator):
             "client_id": client.row.client_id,
             "scope": scope,
             "agent_id": client.row.id,
-            # Whole seconds cannot tell a token from just before a deactivation from one just after.
+            # `iat` in whole seconds cannot separate tokens just before and just after a deactivation.
             "ver": client.row.token_version,
         }
-        key = keys.signing_key(client.row.newest_key)
-        header = {"alg": key.alg, "typ": "at+jwt", "kid": key.kid}
-        return jwt.encode(header, claims, key, registry=keys.SIGNING_ALGORITHMS, default_type=None)
+        return keys.sign(claims, client.row.newest_key)
 
     def generate(self, grant_type: str, client: Client, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return Authlib's response in a fixed order, with `scope` even when the agent has none.
+        """Return Authlib's response in a fixed order, with `scope` even when it is empty.
 
         :raises Problem: 429, when the agent has used up its rate limit.
         """
-        if client.row.rate_limit is not None:  # before a signature is spent on it
+        if client.row.rate_limit is not None:  # refuse before signing
             with reading() as connection:
                 _refuse_over_limit(connection, client)
         token = super().generate(grant_type, client, *args, **kwargs)
         names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
         return {name: token.get(name, "") for name in names}
 
-    @staticmethod
-    def get_allowed_scope(client: Client, scope: str | None) -> str:
-        """Return the scope to grant.
-
-        :raises InvalidScopeError: when it asks for more than the agent has.
-        """
-        allowed = client.get_allowed_scope(scope)
-        if allowed is None:
-            raise InvalidScopeError("The scope asks for more than this agent has.")
-        return allowed
-
-    @staticmethod
-    def _refresh_token(client: Client, **kwargs: Any) -> str:
-        return credentials.new_refresh_token(client.family_id)
-
 
 def start_family(client: Client, token: dict[str, Any]) -> None:
     """Store the first refresh token of a grant, and count the grant.
 
-    A power cut may undo this: the agent still holds its credentials and asks again (SECURITY.md).
+    A power cut may undo this: the agent still has its credentials and asks again (SECURITY.md).
 
-    :raises AuthenticationFailed: when the agent was switched off since it was authenticated.
+    :raises AuthenticationFailed: when the agent was deactivated since it was authenticated.
     """
     with writing(durable=False, exclusive=False) as connection:
-        if not _count(connection, client, _COUNT_TOKEN, _TOKEN_DAY):
-            raise AuthenticationFailed()
+        if not _count(connection, client, issued=1):
+            raise AuthenticationFailed(reason="inactive_agent")
         family = {
-            **_newest(client, token),
+            **_token_columns(client, token),
             "id": client.family_id,
             "agent_pk": client.row.pk,
             "token_version": client.row.token_version,
-            "ends_at": client.now + timedelta(seconds=FAMILY_TTL),
+            "ends_at": client.now + FAMILY_TTL,
         }
         connection.execute(_NEW_FAMILY, family)
-        if client.secret_pk is not None and client.row.last_used_at != client.now:
-            connection.execute(_USE_SECRET, {"secret": client.secret_pk, "now": client.now})
-        _record(connection, "token.issued", client, token)
+        secret_pk = getattr(client.row, "secret_pk", None)  # None after an assertion
+        if secret_pk is not None and client.row.last_used_at != client.now:
+            connection.execute(_USE_SECRET, {"secret": secret_pk, "now": client.now})
+        events.record(connection, "token.issued", client.row, scope=token["scope"], audience=client.audiences)
 
 
 def use_refresh_token(text: str) -> Client:
     """Return the client of a family's newest refresh token, with the `family_*` columns in its row.
 
-    A token that was used before ends its family: either a thief or the agent holds a copy
-    (RFC 9700 §4.14.2).
+    Reuse of an older token ends the family: either a thief or the agent has a copy (RFC 9700 §4.14.2).
 
     :raises InvalidGrantError: with one text, whatever is wrong with the token.
     """
     client = find_by_refresh_token(text)
-    if client is None:
-        raise _invalid_refresh_token()
-    if not _is_newest(client, text):
+    if client is not None and not _is_newest(client, text):
         _end_reused_family(client)
-    if not _is_usable(client):
+    if client is None or not _is_usable(client):
         raise _invalid_refresh_token()
     return client
 
 
 def inspect_refresh_token(text: str) -> Client | None:
-    """Return the client of a family's newest refresh token, or None; changes nothing."""
+    """Return the client of a family's newest refresh token, or None; change nothing."""
     client = find_by_refresh_token(text)
-    if client is None or not _is_newest(client, text) or not _is_usable(client):
-        return None
-    return client
+    return client if client and _is_newest(client, text) and _is_usable(client) else None
 
 
 def find_by_refresh_token(text: str) -> Client | None:
-    """Return the client of the family that a refresh token names, whether it was used before or not."""
+    """Return the client of the family that a refresh token, newest or used, belongs to."""
     family_id = credentials.refresh_token_family(text)
     if family_id is None:
         return None
@@ -213,28 +189,29 @@ def _is_newest(client: Client, text: str) -> bool:
 
 
 def _is_usable(client: Client) -> bool:
-    return client.is_live and client.row.token_version == client.row.family_token_version
+    return is_active(client.row, client.now) and client.row.token_version == client.row.family_token_version
 
 
 def rotate_family(client: Client, token: dict[str, Any]) -> None:
     """Replace the family's refresh token by the new one, and count the refresh.
 
-    :raises InvalidGrantError: when the agent was switched off, or the old token used, since it was read.
+    :raises InvalidGrantError: when the agent was deactivated, or the old token used, since it was read.
     """
     old = client.row
     with writing(exclusive=False) as connection:
-        values = {**_newest(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
+        values = {**_token_columns(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
-        won = connection.execute(_NEXT_TOKEN, values).rowcount == 1
-        if won and not _count(connection, client, _COUNT_REFRESH, _REFRESH_DAY):
-            raise _invalid_refresh_token()
-        if won:
-            _record(connection, "token.refreshed", client, token)
-    if not won:
-        _end_reused_family(client)
+        if connection.execute(_NEXT_TOKEN, values).rowcount == 1:
+            if not _count(connection, client, refreshed=1):
+                raise _invalid_refresh_token()
+            events.record(
+                connection, "token.refreshed", client.row, scope=token["scope"], audience=client.audiences
+            )
+            return
+    _end_reused_family(client)
 
 
-def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
+def _token_columns(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that every new refresh token of a family changes."""
     return {
         "token_hash": credentials.digest(token["refresh_token"]),
@@ -245,15 +222,15 @@ def _newest(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(connection: sa.Connection, client: Client, count: sa.Update, day: sa.Insert) -> bool:
-    """Count a token; return False when its agent has been switched off or its tokens ended meanwhile."""
-    values = {"agent": client.row.pk, "version": client.row.token_version, "now": client.now}
-    if connection.execute(count, values).rowcount != 1:
+def _count(connection: sa.Connection, client: Client, *, issued: int = 0, refreshed: int = 0) -> bool:
+    """Count a token; return False when its agent was deactivated, or its tokens ended, meanwhile."""
+    counts = {"agent": client.row.pk, "issued": issued, "refreshed": refreshed}
+    version = {"version": client.row.token_version, "now": client.now}
+    if connection.execute(_COUNT, counts | version).rowcount != 1:
         return False
-    connection.execute(day, {"agent": client.row.pk, "day": client.now.date()})
-    if client.row.rate_limit is None:
-        return True
-    if connection.execute(_COUNT_IN_MINUTE, _minute(client)).rowcount != 1:
+    connection.execute(_COUNT_IN_DAY, counts | {"day": client.now.date()})
+    is_limited = client.row.rate_limit is not None
+    if is_limited and connection.execute(_COUNT_IN_MINUTE, _minute(client)).rowcount != 1:
         _refuse_over_limit(connection, client)
     return True
 
@@ -263,9 +240,9 @@ def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
 
     :raises Problem: 429.
     """
-    found = connection.execute(_READ_LIMIT, _minute(client)).first()
-    if found and not found.is_under_limit:
-        left = found.minute_began_at + timedelta(seconds=MINUTE) - client.now
+    row = connection.execute(_READ_LIMIT, _minute(client)).first()
+    if row and not row.is_under_limit:
+        left = row.minute_began_at + MINUTE - client.now
         raise Problem(
             429,
             "too_many_requests",
@@ -278,17 +255,16 @@ def _minute(client: Client) -> dict[str, Any]:
     return {
         "agent": client.row.pk,
         "now": client.now,
-        "minute_ago": client.now - timedelta(seconds=MINUTE),
-        "minute_ahead": client.now + timedelta(seconds=MINUTE),
+        "minute_ago": client.now - MINUTE,
+        "minute_ahead": client.now + MINUTE,
     }
 
 
 def end_family(client: Client, event: str) -> bool:
     """End a family's refresh tokens, and the access tokens issued with them (RFC 7009 §2.1).
 
-    :param client: as found by one of the family's refresh tokens.
     :param event: the type of the event to record.
-    :returns: whether the family was still there.
+    :returns: False when the family had ended before.
     """
     with writing(exclusive=False) as connection:
         ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
@@ -300,19 +276,15 @@ def end_family(client: Client, event: str) -> bool:
 
 
 def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
-    """Revoke a `jti`, or all that have the same part before their dot, until `expires_at`."""
+    """Revoke a `jti`, or all of one grant id, until `expires_at`."""
     connection.execute(_REVOKE, {"id": jti, "expires_at": expires_at})
 
 
 def _end_reused_family(client: Client) -> NoReturn:
     if end_family(client, "token.reuse_detected"):
-        counters.count_token("reused")
-        log.warning("A refresh token of agent %s was used twice: its family is ended.", client.row.id)
+        events.TOKENS_REUSED.inc()
+        log.warning("A refresh token of agent %s was used twice: its family has been ended.", client.row.id)
     raise _invalid_refresh_token()
-
-
-def _record(connection: sa.Connection, event: str, client: Client, token: dict[str, Any]) -> None:
-    events.record(connection, event, client.row, scope=token["scope"], audience=client.audiences)
 
 
 def _invalid_refresh_token() -> InvalidGrantError:

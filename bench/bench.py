@@ -21,7 +21,7 @@ from servers import HERE, OPERATOR, Server
 
 sys.path.insert(0, str(HERE.parent))
 
-from credentials import SecretChecker, new_client_id
+from credentials import new_client_id, new_client_secret
 
 POST_FORM: dict[str, Any] = {"method": "POST", "headers": {"Content-Type": FORM}}
 EMPTY = Load("/")
@@ -134,8 +134,7 @@ def stored(options: argparse.Namespace, folder: Path, started: ExitStack) -> Non
 def attack(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
     """Token requests alone and beside guessers at full speed."""
     target = new_target(start(started, folder / "attack"))
-    maker = SecretChecker(cost=4)
-    wrong = [maker.make().text for _ in range(2000)]
+    wrong = [new_client_secret(4).text for _ in range(2000)]
     good = target.loads(16)["token"]
     one = [f"grant_type=client_credentials&client_id={target.client_ids[0]}&client_secret={s}" for s in wrong]
     any_ = [f"grant_type=client_credentials&client_id={new_client_id()}&client_secret={s}" for s in wrong]

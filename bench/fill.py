@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 import credentials
 from app import create_app
-from config import Settings
+from config import Settings, settings
 from database import writing
 from models import Agent, ClientSecret, RefreshFamily, now
 
@@ -31,7 +31,7 @@ def fill(instance: Path, agents: int, refresh_tokens: int) -> tuple[list[str], s
     """
     app = create_app(Settings.from_env({"LANYARD_INSTANCE": str(instance)}), serving=True)
     with app.app_context():
-        secret = credentials.checker().make()
+        secret = credentials.new_client_secret(settings().bcrypt_cost)
         _insert(sa.insert(Agent), map(_agent, range(1, agents + 1)))
         _insert(sa.insert(ClientSecret), (_secret(pk, secret) for pk in range(1, agents + 1)))
         _insert(sa.insert(RefreshFamily), (_family(1 + n % agents, n) for n in range(refresh_tokens)))

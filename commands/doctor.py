@@ -266,7 +266,7 @@ def _look_at_clock(connection: sa.Connection, settings: Settings) -> Iterator[Fi
 
 
 def _look_at_keys(connection: sa.Connection, settings: Settings) -> Iterator[Finding]:
-    found = keys.states(connection.execute(keys.NEWEST_FIRST).all())
+    found = keys.list_keys(connection)
     if not found:
         yield Finding(FAIL, "keys", "There is no signing key: start the server, or restore a backup.")
         return

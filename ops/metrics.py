@@ -24,8 +24,8 @@ import database
 import keys
 from api import BY_OPERATOR, Blueprint, route_name
 from config import VERSION, settings, state
-from counters import DURATION, REGISTRY
 from database import reading
+from events import DURATION, REGISTRY
 from models import Agent, Delivery, Event, RefreshFamily, Webhook, now
 
 ROW_COUNT_AGE = 15.0  # seconds for which counts of rows are cached: one takes 70 ms with a million tokens

@@ -34,7 +34,7 @@ def ask_basic(client: FlaskClient, username: str, password: str, **form: str) ->
 
 def another_secret() -> str:
     """Well formed, and nobody's."""
-    return credentials.SecretChecker(cost=4).make().text
+    return credentials.new_client_secret(4).text
 
 
 def test_basic_credentials_work(client: FlaskClient, agent: dict[str, Any]) -> None:

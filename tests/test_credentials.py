@@ -3,22 +3,36 @@
 import os
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import bcrypt
 import pytest
+from flask import Flask
 
 import credentials
-from credentials import SecretChecker
+from credentials import NewSecret
+
+CLIENT_ID = credentials.new_client_id()
+
+
+def make() -> NewSecret:
+    return credentials.new_client_secret(4)
 
 
 @pytest.fixture
-def checker() -> SecretChecker:
-    return SecretChecker(cost=4)
+def verify(app: Flask) -> Callable[[str, bytes | None], bool]:
+    """`credentials.verify` in a request of its own."""
+
+    def verify(secret: str, stored: bytes | None) -> bool:
+        with app.test_request_context():
+            return credentials.verify(secret, stored, CLIENT_ID)
+
+    return verify
 
 
-def test_a_client_secret_has_a_hint_and_fits_into_bcrypt(checker: SecretChecker) -> None:
-    secret = checker.make()
+def test_a_client_secret_has_a_hint_and_fits_into_bcrypt() -> None:
+    secret = make()
     assert re.fullmatch(r"cs_[A-Za-z0-9_-]{57}", secret.text)
     assert secret.text[3:11] == secret.hint == credentials.client_secret_hint(secret.text)
     assert len(secret.text) <= 72
@@ -59,16 +73,16 @@ def test_a_jti_shows_its_grant_but_not_its_family() -> None:
     ],
     ids=["empty", "short", "long", "one letter wrong", "wrong prefix", "not ASCII", "newline"],
 )
-def test_a_malformed_client_secret_has_no_hint(checker: SecretChecker, spoil: object) -> None:
+def test_a_malformed_client_secret_has_no_hint(spoil: object) -> None:
     assert callable(spoil)
-    assert credentials.client_secret_hint(spoil(checker.make().text)) is None
+    assert credentials.client_secret_hint(spoil(make().text)) is None
 
 
-def test_a_secret_matches_its_own_hash_only(checker: SecretChecker) -> None:
-    one, other = checker.make(), checker.make()
-    assert checker.check(one.text, one.hash)
-    assert not checker.check(other.text, one.hash)
-    assert not checker.check(one.text, None)
+def test_a_secret_matches_its_own_hash_only(verify: Callable[..., bool]) -> None:
+    one, other = make(), make()
+    assert verify(one.text, one.hash)
+    assert not verify(other.text, one.hash)
+    assert not verify(one.text, None)
 
 
 @pytest.fixture
@@ -85,46 +99,54 @@ def bcrypt_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return asked
 
 
-def test_a_secret_is_remembered_once_it_was_right(checker: SecretChecker) -> None:
-    secret, wrong = checker.make(), checker.make()
-    assert not checker.remembers(secret.text, secret.hash)
-    checker.check(wrong.text, secret.hash)
-    checker.check(secret.text, None)
-    assert not checker.remembers(wrong.text, secret.hash)
-    assert not checker.remembers(secret.text, secret.hash)
-    checker.check(secret.text, secret.hash)
-    assert checker.remembers(secret.text, secret.hash)
-    assert not checker.remembers(wrong.text, secret.hash)
-    assert not checker.remembers(secret.text, wrong.hash)
-    assert not checker.remembers(secret.text, None)
+def test_a_secret_is_remembered_once_it_was_right(
+    verify: Callable[..., bool], bcrypt_checks: list[bytes]
+) -> None:
+    secret, wrong = make(), make()
+    assert not verify(wrong.text, secret.hash)
+    assert not verify(secret.text, None)
+    assert verify(secret.text, secret.hash)
+    assert len(bcrypt_checks) == 3
+    assert verify(secret.text, secret.hash)
+    assert len(bcrypt_checks) == 3
+    assert not verify(secret.text, wrong.hash)
+    assert not verify(secret.text, None)
+    assert not verify(wrong.text, secret.hash)
+    assert len(bcrypt_checks) == 6
 
 
-def test_a_wrong_secret_costs_bcrypt_every_time(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
-    secret, wrong = checker.make(), checker.make()
-    checker.check(secret.text, secret.hash)
-    assert not checker.check(wrong.text, secret.hash)
-    assert not checker.check(wrong.text, secret.hash)
+def test_a_wrong_secret_costs_bcrypt_every_time(
+    verify: Callable[..., bool], bcrypt_checks: list[bytes]
+) -> None:
+    secret, wrong = make(), make()
+    verify(secret.text, secret.hash)
+    assert not verify(wrong.text, secret.hash)
+    assert not verify(wrong.text, secret.hash)
     assert len(bcrypt_checks) == 3
 
 
-def test_an_unknown_client_costs_the_same_bcrypt(checker: SecretChecker, bcrypt_checks: list[bytes]) -> None:
-    secret = checker.make()
-    checker.check(secret.text, None)
+def test_an_unknown_client_costs_the_same_bcrypt(
+    verify: Callable[..., bool], bcrypt_checks: list[bytes]
+) -> None:
+    secret = make()
+    verify(secret.text, None)
     assert [hashed[:7] for hashed in bcrypt_checks] == [secret.hash[:7]]
 
 
-def test_the_memory_is_bounded() -> None:
-    checker = SecretChecker(cost=4, size=2)
-    made = [checker.make() for _ in range(3)]
-    for secret in made:
-        checker.check(secret.text, secret.hash)
-    assert [checker.remembers(secret.text, secret.hash) for secret in made] == [False, True, True]
+def test_the_memory_is_bounded(
+    verify: Callable[..., bool], bcrypt_checks: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(credentials, "MOST_REMEMBERED", 2)
+    made = [make() for _ in range(3)]
+    for secret in [*made, *made[1:], made[0]]:
+        assert verify(secret.text, secret.hash)
+    assert bcrypt_checks == [secret.hash for secret in [*made, made[0]]]
 
 
 def test_a_secret_that_cannot_be_right_does_not_wait_for_others(
-    checker: SecretChecker, monkeypatch: pytest.MonkeyPatch
+    verify: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = checker.make()
+    secret = make()
     begun, go_on = threading.Event(), threading.Event()
 
     def checkpw(password: bytes, hashed: bytes) -> bool:
@@ -133,25 +155,27 @@ def test_a_secret_that_cannot_be_right_does_not_wait_for_others(
 
     monkeypatch.setattr(bcrypt, "checkpw", checkpw)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(checker.check, secret.text, secret.hash)
+        first = pool.submit(verify, secret.text, secret.hash)
         begun.wait(10)
-        second = pool.submit(checker.check, secret.text, secret.hash)
-        with pytest.raises(credentials.Busy):
-            checker.check(secret.text, None)
+        second = pool.submit(verify, secret.text, secret.hash)
+        with pytest.raises(credentials.Throttled):
+            verify(secret.text, None)
         go_on.set()
         assert first.result(10)
         assert second.result(10)
 
 
-def test_hashing_yields_to_everything_else(checker: SecretChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashing_yields_to_everything_else(
+    verify: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def checkpw(password: bytes, hashed: bytes) -> bool:
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine + 10
         return True
 
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     monkeypatch.setattr(bcrypt, "checkpw", checkpw)
-    secret = checker.make()
-    assert checker.check(secret.text, secret.hash)
+    secret = make()
+    assert verify(secret.text, secret.hash)
 
 
 def test_comparison_takes_strings_of_any_length() -> None:

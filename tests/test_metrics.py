@@ -22,13 +22,12 @@ from flask.testing import FlaskClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import counters
-from credentials import SecretChecker, new_client_id
+import events
+from credentials import new_client_id, new_client_secret
 from models import Delivery, Webhook, db
 from ops import metrics, metrics_files
 from webhooks.delivery import Deliverer
 
-maker = SecretChecker(cost=4)
 MEMORY = Path("/dev/shm")  # noqa: S108
 REQUESTS = "lanyard_http_request_duration_seconds_count"
 
@@ -41,7 +40,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """No count of rows is kept, and what earlier tests of this process have counted is known."""
     monkeypatch.setattr(metrics, "ROW_COUNT_AGE", 0)
     BEFORE.clear()
-    BEFORE.update(values(generate_latest(counters.REGISTRY).decode()))
+    BEFORE.update(values(generate_latest(events.REGISTRY).decode()))
 
 
 def values(text: str) -> dict[tuple[str, ...], float]:
@@ -115,7 +114,7 @@ def test_an_access_token_that_is_revoked_is_counted(client: FlaskClient, token: 
 @pytest.mark.parametrize(
     ("reason", "fields"),
     [
-        ("wrong_secret", {"client_secret": maker.make().text}),
+        ("wrong_secret", {"client_secret": new_client_secret(4).text}),
         ("unknown_client", {"client_id": new_client_id()}),
         ("malformed", {"client_secret": "a guess"}),
         ("malformed", {"client_secret": ""}),

@@ -27,14 +27,14 @@ from flask import Flask
 
 from app import create_app
 from config import HERE, SettingError
-from credentials import SecretChecker
+from credentials import new_client_secret
 from migrations import upgrade
 from models import Base
 
 SHIPPED = HERE / "migrations"
 AGENT = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
 CLIENT = "cid_jbBTZ0e1F4ufeYvekNWtbA"
-SECRET = SecretChecker(4).make()
+SECRET = new_client_secret(4)
 ROWS: dict[str, dict[str, Any]] = {
     "agents": {
         "pk": 7,

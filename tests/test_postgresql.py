@@ -448,13 +448,13 @@ def test_durability_is_chosen_for_each_transaction(app: Flask, durable: bool, le
 def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machine: Clock) -> None:
     def fail(_: int) -> None:
         with app.test_request_context(environ_base={"REMOTE_ADDR": "192.0.2.1"}):
-            credentials.Guess("secret", known=True).failed()
+            credentials.throttle(lambda: False, "secret", known=True)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(fail, range(40)))
     with app.app_context():
         (row,) = db.session.scalars(sa.select(FailedSignIns))
-        assert (row.clear_at - time_machine.now()).total_seconds() == 40 * credentials.SECRET.seconds
+        assert (row.clear_at - time_machine.now()).total_seconds() == 40 * credentials.SECRET.pause.seconds
 
 
 def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed(

@@ -28,7 +28,7 @@ Serve = Callable[..., Server]
 
 def forged(secret: str) -> str:
     """A wrong secret of the same hint, well formed."""
-    body = secret[:11] + credentials.SecretChecker(cost=4).make().text[11:-6]
+    body = secret[:11] + credentials.new_client_secret(4).text[11:-6]
     return body + credentials._checksum(body)
 
 
@@ -51,7 +51,7 @@ def test_an_unknown_client_takes_as_long_as_a_wrong_secret(
     agent, client = Operator(app).create(), app.test_client()
     secret = forged(agent["client_secret"])
     if not knows_the_hint:
-        secret = credentials.SecretChecker(cost=4).make().text
+        secret = credentials.new_client_secret(4).text
     times: dict[str, list[float]] = {"known": [], "unknown": []}
     turns = ["known", "unknown"] * 14
     random.Random(1).shuffle(turns)

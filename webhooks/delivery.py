@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
 
-import counters
+import events
 from api import rfc3339
 from config import DAY, VERSION, settings
 from database import backend, error_text, is_transient, reading, writing
@@ -246,7 +246,7 @@ def _record_outcome(attempted: Any, outcome: Outcome) -> None:
         # Else an operator has asked for a redelivery during the attempt, which is still to come.
         if delivery.next_attempt_at == attempted.next_attempt_at:
             changes |= _retry_or_end(delivery.attempts + 1, webhook.max_retries, outcome)
-            counters.count_attempt(changes["status"])
+            events.ATTEMPTS.labels(changes["status"]).inc()
         connection.execute(sa.update(Delivery).where(Delivery.pk == delivery.pk).values(changes))
         # Else the webhook was given another URL during the attempt, which has not failed.
         if webhook.url == attempted.url:
