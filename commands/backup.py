@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from click import ClickException
+
 from config import VERSION, Settings
 from database import ENCRYPTED, error_text
 from migrations import upgrade
@@ -23,7 +25,7 @@ _COMPANIONS = ("-wal", "-shm", "-journal")
 Progress = Callable[[int, int], None]  # called with the pages copied so far, and all pages
 
 
-class BackupError(Exception):
+class BackupError(ClickException):
     """A backup or restore that was refused or failed; its text is one sentence for the operator."""
 
 
