@@ -189,9 +189,8 @@ def _examine_sqlite(settings: Settings) -> Iterator[Finding]:
         yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
         return
     yield Finding(OK, "database", f"{file} passes its integrity check.")
-    if schema != (newest := upgrade.revisions()[-1]):
-        text = f"It has schema {schema}: start the server once, which upgrades it to {newest}."
-        yield Finding(WARN, "database", text)
+    if schema != upgrade.revisions()[-1]:
+        yield Finding(WARN, "database", f"Its schema {schema} is old: start the server once to upgrade it.")
         return
     engine = sa.create_engine("sqlite://", creator=lambda: sqlite.open_read_only(file), poolclass=sa.NullPool)
     try:
@@ -218,8 +217,7 @@ def _examine_postgresql(settings: Settings) -> Iterator[Finding]:
             if sa.inspect(connection).has_table(Agent.__tablename__):
                 yield from _run(ROW_CHECKS, connection, settings)
                 return
-            text = f"{name} has no tables yet: start a server, or restore a backup."
-            yield Finding(FAIL, "database", text)
+            yield Finding(FAIL, "database", f"{name} has no tables yet: start a server or restore a backup.")
     except sa.exc.DBAPIError as error:
         yield Finding(FAIL, "database", f"{name} cannot be read: {error_text(error)}.")
 
@@ -251,9 +249,10 @@ def _check_connections(connection: sa.Connection) -> Results:
 def _check_clock(connection: sa.Connection, settings: Settings) -> Results:
     at = now()
     newest_event = sa.select(Event.created_at).order_by(Event.pk.desc()).limit(1)
-    maxima = [sa.func.max(c) for c in (Agent.updated_at, Agent.last_activity_at, SigningKey.created_at)]
-    times = [connection.scalar(statement) for statement in (*map(sa.select, maxima), newest_event)]
-    latest = max((time for time in times if time), default=at)
+    columns = (Agent.updated_at, Agent.last_activity_at, SigningKey.created_at)
+    times = [connection.scalar(sa.select(sa.func.max(column))) for column in columns]
+    times.append(connection.scalar(newest_event))
+    latest = max(filter(None, times), default=at)
     if at < BUILT:
         yield FAIL, f"It is not {rfc3339(at)}: set the clock."
     elif latest > at + CLOCK_LEEWAY:
@@ -288,17 +287,18 @@ def _check_keys(connection: sa.Connection, settings: Settings) -> Results:
 def _check_secrets(connection: sa.Connection, settings: Settings) -> Results:
     stored = [value for _, _, value in stored_secrets(connection)]
     secret_keys = settings.secret_keys
-    unreadable = [value for value in stored if is_encrypted(value) and not is_encrypted(value, secret_keys)]
-    outdated = [value for value in stored if not is_encrypted(value, secret_keys[:1])]
+    unreadable = sum(is_encrypted(value) and not is_encrypted(value, secret_keys) for value in stored)
+    outdated = sum(not is_encrypted(value, secret_keys[:1]) for value in stored)
     total = len(stored)
     if unreadable:
-        count = f"{total - len(unreadable)} of {total}"
-        yield FAIL, f"LANYARD_SECRET_KEY decrypts {count} stored secrets: add the key of the others."
+        yield FAIL, f"LANYARD_SECRET_KEY does not decrypt {unreadable} of {total}: add the key of these."
     elif not secret_keys:
         yield WARN, "LANYARD_SECRET_KEY is unset: signing keys and webhook secrets are stored in clear."
     elif outdated:
-        count = f"{len(outdated)} of {total}"
-        yield WARN, f"{count} are not encrypted with the newest key: stop all servers, start one."
+        yield (
+            WARN,
+            f"{outdated} of {total} are not encrypted with the newest key: stop all servers, start one.",
+        )
     else:
         yield OK, f"{total} signing keys and webhook secrets are encrypted with the newest key."
 

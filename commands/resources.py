@@ -34,18 +34,22 @@ webhooks_group = AppGroup("webhooks", help="List webhooks and their deliveries; 
 keys_group = AppGroup("keys", help="List and rotate signing keys.")
 events_group = AppGroup("events", help="Print the audit log.")
 
-STATE_COLUMNS: output.Columns = {
-    "NAME": lambda row: output.shortened(row["name"]),
-    "STATE": lambda row: "active" if row["is_active"] else "off",
-}
+NAME_COLUMN: output.Columns = {"NAME": lambda row: output.shortened(row["name"])}
+STATE_COLUMN: output.Columns = {"STATE": lambda row: "active" if row["is_active"] else "off"}
 AGENT_COLUMNS: output.Columns = {
-    "NAME": STATE_COLUMNS["NAME"],
+    **NAME_COLUMN,
     "CLIENT ID": "client_id",
-    "STATE": STATE_COLUMNS["STATE"],
+    **STATE_COLUMN,
     "LAST ACTIVE": "last_activity_at",
     "SCOPES": "scopes",
 }
-WEBHOOK_COLUMNS: output.Columns = {"ID": "id", **STATE_COLUMNS, "EVENTS": "events", "URL": "url"}
+WEBHOOK_COLUMNS: output.Columns = {
+    "ID": "id",
+    **NAME_COLUMN,
+    **STATE_COLUMN,
+    "EVENTS": "events",
+    "URL": "url",
+}
 DELIVERY_COLUMNS: output.Columns = {
     "ID": "id",
     "TYPE": "type",
@@ -88,7 +92,8 @@ def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
 def show_agent(agent: str, as_json: bool) -> None:
     """Show an agent, named by its id or its client id."""
     with reading() as connection:
-        _show_agent({"agent": agents.find(connection, _id_of(agent))}, as_json)
+        document = schemas.AgentAnswer().dump({"agent": agents.find(connection, _id_of(agent))})
+    output.show(document, as_json)
 
 
 def _parse_metadata(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
@@ -160,7 +165,7 @@ def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
 @as_json
 def deactivate_agent(agent: str, as_json: bool) -> None:
     """Deactivate an agent, and end all its tokens."""
-    _show_agent(agents.change(_id_of(agent), agents.deactivate), as_json)
+    output.show(schemas.AgentAnswer().dump(agents.change(_id_of(agent), agents.deactivate)), as_json)
 
 
 @agents_group.command("reactivate")
@@ -168,7 +173,7 @@ def deactivate_agent(agent: str, as_json: bool) -> None:
 @as_json
 def reactivate_agent(agent: str, as_json: bool) -> None:
     """Reactivate an agent; its old tokens stay invalid."""
-    _show_agent(agents.change(_id_of(agent), agents.reactivate), as_json)
+    output.show(schemas.AgentAnswer().dump(agents.change(_id_of(agent), agents.reactivate)), as_json)
 
 
 @agents_group.command("delete")
@@ -297,7 +302,3 @@ def _id_of(agent: str) -> str:
     if found is None:
         raise Problem(404, "not_found", "No agent has this client id.")
     return found
-
-
-def _show_agent(result: dict[str, Any], as_json: bool) -> None:
-    output.show(schemas.AgentAnswer().dump(result), as_json)
