@@ -1,4 +1,4 @@
-# Everything a day with Lanyard needs: `make help` lists it.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,27 +7,27 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help run install test test-long test-postgresql coverage check bench soak
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
-run: .venv/installed ## start Lanyard for this machine: http://localhost:8080, no credentials to manage it
+run: .venv/installed ## start Lanyard in local mode on http://localhost:8080
 	@LANYARD_LOCAL=1 exec $(BIN)/gunicorn wsgi:app
 
-install: .venv/installed ## make .venv with what Lanyard needs
+install: .venv/installed ## install Lanyard's dependencies into .venv
 
 test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
 
-test-long: .venv/installed-dev ## run the tests that generate examples, with many more of them
+test-long: .venv/installed-dev ## run the tests that generate examples, with many more examples
 	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py
 
-test-postgresql: .venv/installed-dev tests/node/node_modules ## run them on a PostgreSQL that is started for them
+test-postgresql: .venv/installed-dev tests/node/node_modules ## run the tests on a PostgreSQL started for them
 	@$(BIN)/python tests/on_postgresql.py
 
-coverage: .venv/installed-dev tests/node/node_modules ## run them and show which lines none of them reaches
+coverage: .venv/installed-dev tests/node/node_modules ## run the tests and show the lines that none reaches
 	@$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
 
-check: .venv/installed-dev ## lint, format, types, and known holes in the dependencies
+check: .venv/installed-dev ## lint, check format and types, and look for known vulnerabilities
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -35,16 +35,16 @@ check: .venv/installed-dev ## lint, format, types, and known holes in the depend
 	case "$$?:$$audit" in \
 	*Found*vulnerabilit*) echo "$$audit"; exit 1 ;; \
 	0:*"could not be audited"* | [1-9]*) echo "pip-audit could not look up every dependency here." ;; \
-	*) echo "No dependency has a known hole." ;; \
+	*) echo "No dependency has a known vulnerability." ;; \
 	esac
 
-bench: .venv/installed-dev ## measure everything beside an empty Flask route (about half an hour)
+bench: .venv/installed-dev ## measure beside an empty Flask route (about half an hour)
 	@$(BIN)/python bench/bench.py
 
-soak: .venv/installed-dev ## kill it, fill its disk, lock its files, move its clock, and see what it kept (three minutes)
+soak: .venv/installed-dev ## inject faults under load, and check that nothing acknowledged is lost (three minutes)
 	@$(BIN)/python tests/soak/soak.py
 
-# Clients written in JavaScript are tested where npm is.
+# The tests of JavaScript clients are skipped without npm.
 tests/node/node_modules: tests/node/package-lock.json
 	@if command -v npm > /dev/null; then npm ci --prefix tests/node --silent && touch $@; fi
 

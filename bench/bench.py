@@ -10,6 +10,7 @@ import random
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ SIZES = ((10, 0), (10_000, 100_000), (100_000, 1_000_000))
 
 @dataclass
 class Target:
-    """A server and agents of it that share a secret, one of them with an access token."""
+    """A server with agents that share one secret, and an access token."""
 
     server: Server
     client_ids: list[str]
@@ -38,12 +39,12 @@ class Target:
     access_token: str
 
     def loads(self, connections: int) -> dict[str, Load]:
-        """What to ask, by the operation's name."""
+        """Return the load of each operation."""
         basic = base64.b64encode(f"{self.client_ids[0]}:{self.secret}".encode()).decode()
         bearer = {"Authorization": f"Bearer {self.access_token}"}
         body = {"method": "POST", "bodies": ['{"name": "one more", "scopes": ["read"]}']}
         return {
-            "token": Load("/oauth/token", **POST_FORM, bodies=[self.body(c) for c in self.client_ids]),
+            "token": self.token_load(),
             "refresh": Load("/oauth/refresh", **POST_FORM, chain=self.refresh_tokens(connections + 8)),
             "me": Load("/api/agents/me", headers=bearer),
             "introspect": Load(
@@ -56,36 +57,40 @@ class Target:
             "create": Load("/api/agents", headers={**OPERATOR, "Content-Type": "application/json"}, **body),
         }
 
+    def token_load(self) -> Load:
+        """Return the load of token requests, by all agents in turn."""
+        return Load("/oauth/token", **POST_FORM, bodies=[self.body(c) for c in self.client_ids])
+
     def body(self, client_id: str) -> str:
-        """A token request."""
+        """Return the body of a token request."""
         return f"grant_type=client_credentials&client_id={client_id}&client_secret={self.secret}"
 
     def token(self) -> dict[str, Any]:
-        """A token answer."""
+        """Request a token, and return the response."""
         body = self.body(random.choice(self.client_ids))
         found: dict[str, Any] = self.server.post("/oauth/token", data=body, headers={"Content-Type": FORM})
         return found
 
     def refresh_tokens(self, count: int) -> list[str]:
-        """That many, each of a family of its own."""
+        """Return refresh tokens, each of its own family."""
         return [self.token()["refresh_token"] for _ in range(count)]
 
 
 def new_target(server: Server) -> Target:
-    """A target with one agent, which every worker has seen."""
+    """Return a target with one new agent, whose secret every worker has verified."""
     made = server.post("/api/agents", json={"name": "bench", "scopes": ["read", "write"]}, headers=OPERATOR)
     return warm(server, [made["client_id"]], made["client_secret"])
 
 
 def warm(server: Server, client_ids: list[str], secret: str) -> Target:
-    """A target whose workers have all hashed the secret once."""
+    """Return a target whose workers have all verified the secret, so that none is measured hashing it."""
     target = Target(server, client_ids, secret, "")
     target.access_token = [target.token()["access_token"] for _ in range(20)][-1]
     return target
 
 
 def speed(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
-    """Each operation beside the empty route, alternating."""
+    """Measure each operation and the empty route in turn."""
     empty = start(started, folder / "empty", "empty:app", "/")
     target = new_target(start(started, folder / "lanyard"))
     rows: dict[tuple[str, int], list[tuple[Result, float]]] = {}
@@ -106,7 +111,7 @@ def speed(options: argparse.Namespace, folder: Path, started: ExitStack) -> None
 
 
 def stored(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
-    """The same operations with more and more stored."""
+    """Measure the operations with more and more rows stored."""
     from fill import fill
 
     targets = {}
@@ -132,59 +137,58 @@ def stored(options: argparse.Namespace, folder: Path, started: ExitStack) -> Non
 
 
 def attack(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
-    """Token requests alone and beside guessers at full speed."""
+    """Measure token requests alone, and beside clients that guess secrets at full speed."""
     target = new_target(start(started, folder / "attack"))
     wrong = [new_client_secret(4).text for _ in range(2000)]
-    good = target.loads(16)["token"]
+    good = target.token_load()
     one = [f"grant_type=client_credentials&client_id={target.client_ids[0]}&client_secret={s}" for s in wrong]
     any_ = [f"grant_type=client_credentials&client_id={new_client_id()}&client_secret={s}" for s in wrong]
-    kinds = {"nobody": None, "guesses at this agent": one, "guesses at unknown clients": any_}
+    attacks = {"nobody": None, "guesses at this agent": one, "guesses at unknown clients": any_}
     rows: dict[str, list[Result]] = {}
     guesses: dict[str, list[Result]] = {}
     for _ in range(options.rounds):
-        for name, bodies in kinds.items():
+        for name, bodies in attacks.items():
             with ExitStack() as beside:
                 if bodies:
                     load = Load("/oauth/token", **POST_FORM, bodies=bodies)
                     guesses.setdefault(name, []).append(beside.enter_context(guessing(options, target, load)))
                 rows.setdefault(name, []).append(ask(options, target.server.url, good, 16))
-    print("\n| token requests beside | requests/s | p50 ms | p99 ms | errors | answers to the guesser |")
+    print("\n| token requests beside | requests/s | p50 ms | p99 ms | errors | responses to the guesses |")
     print("| --- | --: | --: | --: | --: | --- |")
     for name, found in rows.items():
-        answers: dict[int, int] = {}
+        responses: Counter[int] = Counter()
         for result in guesses.get(name, []):
-            for status, number in result.statuses.items():
-                answers[status] = answers.get(status, 0) + number
-        told = ", ".join(f"{status}: {number:,}" for status, number in sorted(answers.items()) if number)
-        print(f"| {name} | {cells(found)} | {told} |")
+            responses.update(result.statuses)
+        counts = ", ".join(f"{status}: {number:,}" for status, number in sorted(responses.items()) if number)
+        print(f"| {name} | {cells(found)} | {counts} |")
 
 
 def memory(options: argparse.Namespace, folder: Path, started: ExitStack) -> None:
-    """From the start to the first answer, and what stays in memory."""
+    """Measure the time from the start to the first response, and the memory in use."""
     fresh, again = [], []
     for number in range(options.rounds):
         for times in (fresh, again):
             server = Server(folder / f"start-{number}")
             times.append(server.first_answer)
             server.stop()
-    print("\n| start to first answer, seconds | median | longest |\n| --- | --: | --: |")
-    for name, times in (("a new instance", fresh), ("an instance that is there", again)):
+    print("\n| start to first response, seconds | median | longest |\n| --- | --: | --: |")
+    for name, times in (("a new instance", fresh), ("an existing instance", again)):
         print(f"| {name} | {statistics.median(times):.2f} | {max(times):.2f} |")
     target = new_target(start(started, folder / "memory"))
     print("\n| MB in memory, all processes | shared pages counted once | resident, summed up |")
     print("| --- | --: | --: |")
-    print(f"| at rest | {told_memory(target.server)} |", flush=True)
+    print(f"| at rest | {memory_cells(target.server)} |", flush=True)
     asked = 0
     for wanted in (1000, options.requests // 2, options.requests):
         while asked < wanted:
             for operation in ("token", "me"):
                 result = ask(options, target.server.url, target.loads(16)[operation], 16)
                 asked += sum(result.statuses.values())
-        print(f"| after {asked:,} requests | {told_memory(target.server)} |", flush=True)
+        print(f"| after {asked:,} requests | {memory_cells(target.server)} |", flush=True)
 
 
 class guessing:
-    """A guesser at work while the block runs; its result is filled in at the end."""
+    """Run a load of guesses while the block runs; its result is filled in at the end."""
 
     def __init__(self, options: argparse.Namespace, target: Target, load: Load) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -202,37 +206,37 @@ class guessing:
 
 
 def start(started: ExitStack, instance: Path, app: str = "wsgi:app", path: str = "/health") -> Server:
-    """A server that stops when all is done."""
+    """Start a server that stops with the stack."""
     server = Server(instance, app, path)
     started.callback(server.stop)
     return server
 
 
 def rounds(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """Each round's number, with each number of connections."""
+    """Return the number of each round with each number of connections."""
     return ((number + 1, c) for number in range(options.rounds) for c in options.connections)
 
 
 def ask(options: argparse.Namespace, url: str, load: Load, connections: int) -> Result:
-    """One run."""
+    """Run one load."""
     own_client = options.client == "own"
     return run(url, load, connections=connections, seconds=options.seconds, own_client=own_client)
 
 
 def cells(found: list[Result]) -> str:
-    """Medians of several runs: rate, p50, p99; and all their errors."""
+    """Format the medians of rate, p50 and p99 over several runs, and the sum of their errors."""
     middle = [statistics.median(getattr(result, name) for result in found) for name in ("rate", "p50", "p99")]
     errors = sum(result.errors for result in found)
     return f"{middle[0]:,.0f} | {middle[1]:.1f} | {middle[2]:.1f} | {errors}"
 
 
-def told_memory(server: Server) -> str:
-    """As the table has it."""
+def memory_cells(server: Server) -> str:
+    """Format the memory in use for the table."""
     return " | ".join(f"{megabytes:.0f}" for megabytes in server.memory())
 
 
 def progress(text: str) -> None:
-    """Say how far it is, beside the tables."""
+    """Print progress to standard error, apart from the tables."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -241,9 +245,9 @@ OPERATIONS = ("token", "refresh", "me", "introspect", "jwks", "create")
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the parts named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all unless named")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--seconds", type=float, default=3, help="of one run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64])

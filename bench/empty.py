@@ -1,4 +1,4 @@
-"""The floor: a Flask route that does nothing."""
+"""An empty Flask route, to compare with."""
 
 from typing import Any
 
@@ -9,5 +9,5 @@ app = Flask(__name__)
 
 @app.route("/", methods=["GET", "POST"])
 def nothing() -> dict[str, Any]:
-    """An empty JSON object."""
+    """Return an empty JSON object."""
     return {}

@@ -24,10 +24,10 @@ BATCH = 10_000
 
 
 def fill(instance: Path, agents: int, refresh_tokens: int) -> tuple[list[str], str]:
-    """Make an instance with that many of both.
+    """Make an instance with that many agents and refresh tokens.
 
-    Returns the client ids of up to a thousand agents, and the secret, which all of them share: each
-    one's own would take bcrypt the better part of a day.
+    :returns: client ids of up to a thousand agents, and the secret that all share: to hash one for each
+        would take hours.
     """
     app = create_app(Settings.from_env({"LANYARD_INSTANCE": str(instance)}), serving=True)
     with app.app_context():
@@ -82,7 +82,7 @@ def _family(agent_pk: int, number: int) -> dict[str, Any]:
         "scopes": ["read"],
         "audiences": ["http://localhost:8080"],
         "issued_at": moment,
-        # They end over the week to come.
+        # Expire over the next week.
         "expires_at": moment + timedelta(seconds=3600 + number % 600_000),
         "ends_at": moment + timedelta(days=30),
     }

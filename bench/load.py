@@ -1,4 +1,4 @@
-"""Load: many connections that ask as fast as they are answered, by `wrk` or by a small client of our own."""
+"""Load on many connections, each as fast as responses come, by `wrk` or by a small client of our own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORM = "application/x-www-form-urlencoded"
 
 @dataclass
 class Load:
-    """What to ask, over and over.
+    """A request to repeat.
 
     `bodies` take turns. `chain` holds refresh tokens: each is used once, and each answer gives the next.
     """
@@ -36,7 +36,7 @@ class Load:
 
 @dataclass
 class Result:
-    """What came of it: requests a second, milliseconds, and how many of which status (0: no answer)."""
+    """Requests a second, percentiles in milliseconds, and a count of each status (0: no response)."""
 
     rate: float
     p50: float
@@ -45,12 +45,12 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """Requests that were not answered with success."""
+        """Number of requests without a 2xx response."""
         return sum(count for status, count in self.statuses.items() if not 200 <= status < 300)
 
 
 def run(url: str, load: Load, *, connections: int, seconds: float, own_client: bool = False) -> Result:
-    """Ask `url` for that long."""
+    """Send the load to `url` for that many seconds."""
     if WRK and not own_client:
         return _run_wrk(url, load, connections, seconds)
     return _run_own(url, load, connections, seconds)
@@ -96,7 +96,7 @@ def _run_wrk(url: str, load: Load, connections: int, seconds: float) -> Result:
         "headers": "\n".join(f"wrk.headers[{_lua(n)}] = {_lua(value)}" for n, value in load.headers.items()),
         "bodies": ",".join(map(_lua, load.bodies)),
         "chain": ",".join(map(_lua, load.chain)),
-        # Looking at answers costs the client time: only where it must.
+        # Reading responses costs the client time: only where it must.
         "watch": "true" if load.chain or len(load.bodies) > 1 else "false",
     }
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
@@ -115,7 +115,7 @@ def _run_wrk(url: str, load: Load, connections: int, seconds: float) -> Result:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) ?(\S*)", out)
     if not found:
-        raise SystemExit(f"wrk said: {out}")
+        raise SystemExit(f"Unexpected output of wrk: {out}")
     total, duration, p50, p99, refused, lost = map(int, found.groups()[:6])
     if found[7]:
         pairs = [pair.split(":") for pair in found[7].strip(",").split(",")]

@@ -1,41 +1,72 @@
-"""What `./lanyard` runs: the operator's commands, also where there is no database yet, or a broken one."""
+"""`./lanyard`: the operator's commands, some of which work without a database or with a damaged one."""
 
 from __future__ import annotations
 
-from typing import Any
+import pkgutil
+from typing import TYPE_CHECKING, Any
 
 import click
-from flask.cli import ScriptInfo
-from sqlalchemy.exc import DBAPIError
 
-from app import create_app
-from commands import resources
-from config import VERSION
-from database import error_text
+if TYPE_CHECKING:
+    from flask import Flask
 
-
-class Commands(click.Group):
-    """The commands: what the database complains of is told in one sentence."""
-
-    def invoke(self, context: click.Context) -> Any:
-        """click's hook."""
-        try:
-            return super().invoke(context)
-        except DBAPIError as error:
-            raise click.ClickException(f"The database: {error_text(error)}.") from None
+# Where each command is, and its line in the help, which is shown without importing the server's modules.
+COMMANDS = {
+    "admin-token": ("commands.instance:admin_token_group", "Show or replace the operator's token."),
+    "agents": ("commands.resources:agents_group", "Manage agents."),
+    "backup": ("commands.instance:back_up", "Copy the database to a file, also while the server runs."),
+    "doctor": ("commands.instance:examine", "Check the instance, and say how to repair it."),
+    "events": ("commands.resources:events_group", "Print the audit log."),
+    "keys": ("commands.resources:keys_group", "List and rotate signing keys."),
+    "purge": ("commands.instance:purge", "Delete all expired rows now."),
+    "restore": ("commands.instance:restore", "Restore a backup; stop the server first."),
+    "webhooks": ("commands.resources:webhooks_group", "List webhooks and their deliveries."),
+}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(VERSION, prog_name="Lanyard")
+class LazyGroup(click.Group):
+    """Import a command's module only when the command is run, and report errors as click does."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return pkgutil.resolve_name(COMMANDS[name][0]) if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from commands.output import reported_errors
+
+        with reported_errors():
+            return super().invoke(ctx)
+
+
+def _create_app() -> Flask:
+    from app import create_app
+
+    return create_app()
+
+
+def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from config import VERSION
+
+        click.echo(f"Lanyard, version {VERSION}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
 @click.pass_context
-def lanyard(context: click.Context) -> None:
-    """Look after Lanyard. The commands read the same LANYARD_* settings as the server."""
-    # The app is made by the first command that needs it: some must work without.
-    context.obj = context.obj or ScriptInfo(create_app=create_app, set_debug_flag=False)
+def lanyard(ctx: click.Context) -> None:
+    """Manage Lanyard. The commands read the same LANYARD_* settings as the server."""
+    from flask.cli import ScriptInfo
 
-
-for command in resources.COMMANDS:
-    lanyard.add_command(command)
+    # The app is made by the first command that needs it: backup, restore and doctor work without.
+    ctx.obj = ctx.obj or ScriptInfo(create_app=_create_app, set_debug_flag=False)
 
 
 if __name__ == "__main__":

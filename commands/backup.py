@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import sqlalchemy as sa
+from click import ClickException
 
 from config import VERSION, Settings
 from database import ENCRYPTED, error_text
@@ -17,14 +19,14 @@ from models import Base, is_encrypted, now
 from storage.files import copy_owner, sync_folder
 from storage.sqlite import no_server, open_read_only
 
-PAGES = 1024  # copied at a time: some milliseconds
+PAGES = 1024  # copied at a time, in some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
 
-Progress = Callable[[int, int], None]  # called with the pages copied so far, and all pages
+Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
 
 
-class BackupError(Exception):
-    """A backup or restore that was refused or failed; its text is one sentence for the operator."""
+class BackupError(ClickException):
+    """A backup or restore that was refused or failed; the message is one sentence for the operator."""
 
 
 def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
@@ -32,129 +34,105 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
 
     The copy has everything committed before the call. Writers are not blocked.
 
-    :raises BackupError: when `file` exists, or the copy cannot be made or is damaged.
+    :raises BackupError: if `file` exists, or the copy cannot be made or is damaged.
     """
-    refuse_own_files(settings, file)
-    refuse_overwriting(file, overwrite)
-    with draft_beside(file) as draft:
+    check_name(settings, file, overwrite=overwrite)
+    with whole_file(file) as draft:
         _copy(settings.database_file, draft, progress)
         check(draft, "The copy")
-        put_in_place(draft, file)
 
 
 def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | None:
     """Replace the instance's database with a copy of `file`.
 
-    :returns: where the replaced database is kept, if there was one.
-    :raises BackupError: when a server runs, or `file` cannot be restored: nothing has changed then.
+    :returns: the new name of the replaced database, if there was one.
+    :raises BackupError: if a server runs, or `file` cannot be restored; nothing has changed then.
     """
     target = settings.database_file
-    refuse_own_files(settings, file)
+    check_name(settings, file, overwrite=True)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        # Held to the end: a server that starts meanwhile waits for the restored database.
-        with no_server(settings), draft_beside(target) as draft:
-            _copy(file, draft, progress)
-            _bring_up_to_date(draft, str(file))
-            check_secrets(settings, draft, str(file))
+        # Locked to the end: a server that starts meanwhile waits for the restored database.
+        with no_server(settings), usable_backup(settings, file) as source, whole_file(target) as draft:
+            _copy(source, draft, progress)
             copy_owner(target if target.exists() else target.parent, draft)
-            kept = _set_aside(target)
-            put_in_place(draft, target)
-            return kept
+            return _set_aside(target)
     except BlockingIOError:
         raise BackupError("A server runs on this instance: stop it first.") from None
 
 
 @contextmanager
-def up_to_date(file: Path) -> Iterator[Path]:
-    """Check a backup file, and yield it, or an upgraded copy when its schema is an older one.
+def usable_backup(settings: Settings, file: Path) -> Iterator[Path]:
+    """Check a backup file, and yield it, or an upgraded copy if its schema is an older one.
 
-    :raises BackupError: when the file cannot be restored.
+    :raises BackupError: if the file cannot be restored into the instance.
     """
-    if check(file, str(file)) == upgrade.revisions()[-1]:
-        yield file
-        return
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "lanyard.db"
-        _copy(file, copy, lambda done, total: None)
-        _bring_up_to_date(copy, str(file))
-        yield copy
+        source = file
+        if check(file, str(file)) != upgrade.revisions()[-1]:
+            source = Path(folder) / "lanyard.db"
+            _copy(file, source, lambda done, total: None)
+            run_revisions(source, str(file))
+            check(source, str(file))
+        _check_secrets(settings, source, str(file))
+        yield source
 
 
-def _bring_up_to_date(file: Path, what: str) -> None:
-    if check(file, what) != upgrade.revisions()[-1]:
-        run_revisions(file, what)
-        check(file, what)
-
-
-def run_revisions(file: Path, what: str) -> None:
+def run_revisions(file: Path, name: str) -> None:
     """Bring a SQLite file, which may be empty, to the newest schema.
 
-    :raises BackupError: when that fails; `what` names the file in it.
+    :param name: names the file in errors.
+    :raises BackupError: if that fails.
     """
     try:
         upgrade.run_on_file(file)
     except Exception as error:
         reason = error_text(error)
-        raise BackupError(f"{what} cannot be brought to the schema of this Lanyard: {reason}.") from error
+        raise BackupError(f"{name} cannot be brought to the schema of this Lanyard: {reason}.") from error
 
 
-def check_secrets(settings: Settings, file: Path, what: str) -> None:
-    """Check that LANYARD_SECRET_KEY decrypts every secret in the file that is encrypted.
-
-    :raises BackupError: when it does not; `what` names the file in it.
-    """
+def _check_secrets(settings: Settings, file: Path, name: str) -> None:
+    """Check that LANYARD_SECRET_KEY decrypts every encrypted secret in the file."""
     with closing(open_read_only(file)) as connection:
         for column in ENCRYPTED:
             for (stored,) in connection.execute(f"SELECT {column.name} FROM {column.table.name}"):  # noqa: S608
                 if stored and is_encrypted(stored) and not is_encrypted(stored, settings.secret_keys):
                     raise BackupError(
-                        f"{what} has encrypted secrets: LANYARD_SECRET_KEY must hold the key of the"
-                        " instance that it was made of."
+                        f"{name} has encrypted secrets: LANYARD_SECRET_KEY must hold the key of the"
+                        " instance that it is a backup of."
                     )
 
 
-def check(file: Path, what: str) -> str:
-    """Check that the file is a sound database with Lanyard's tables, and return its schema's revision.
+def check(file: Path, name: str) -> str:
+    """Check that the file is an undamaged database with Lanyard's tables, and return its schema's revision.
 
-    The tables of an older revision are left to the upgrade to look at.
+    Tables of an older revision are not checked: the upgrade does that.
 
-    :raises BackupError: when it is not; `what` names the file in it.
+    :param name: names the file in errors.
+    :raises BackupError: if a check fails.
     """
+    newest = upgrade.revisions()[-1]
     try:
         with closing(open_read_only(file)) as connection:
-            found = _first(connection, "PRAGMA integrity_check(1)")
-            columns = _columns(connection)
-            schema = "alembic_version" in columns and _first(
-                connection, "SELECT version_num FROM alembic_version"
-            )
-            key = "signing_keys" in columns and _first(connection, "SELECT kid FROM signing_keys")
+            damage = _first(connection, "PRAGMA integrity_check(1)")
+            if damage != "ok":
+                raise BackupError(f"{name} is damaged: {damage}.")
+            schema = _first(connection, "SELECT version_num FROM alembic_version")
+            if schema and schema not in upgrade.revisions():
+                raise BackupError(
+                    f"{name} has schema {schema}, which is newer than schema {newest} of this Lanyard"
+                    f" {VERSION}: use the newer Lanyard."
+                )
+            for table in Base.metadata.sorted_tables if schema == newest else ():
+                connection.execute(f"{sa.select(table)} LIMIT 0")  # fails if a column is missing
+            if not schema or not _first(connection, "SELECT kid FROM signing_keys"):
+                missing = "signing key" if schema else "schema version"
+                raise BackupError(f"{name} is not a database of Lanyard: it has no {missing}.")
+            return schema
     except sqlite3.Error as error:
-        raise BackupError(f"{what} cannot be read as a database: {error}.") from None
-    if found != "ok":
-        raise BackupError(f"{what} is damaged: {found}.")
-    known = upgrade.revisions()
-    if schema and schema not in known:
-        raise BackupError(
-            f"{what} has schema {schema}, which is newer than schema {known[-1]} of this Lanyard {VERSION}:"
-            " use the newer Lanyard."
-        )
-    lacking = _lacking(columns) if schema == known[-1] else None
-    if lacking or not schema or not key:
-        lacking = lacking or ("a signing key" if schema else "a schema version")
-        raise BackupError(f"{what} is no database of Lanyard's: it lacks {lacking}.")
-    return schema
-
-
-def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
-    """Return the names of every table's columns."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for table, column in connection.execute(
-        "SELECT t.name, c.name FROM sqlite_master AS t JOIN pragma_table_info(t.name) AS c"
-        " WHERE t.type = 'table'"
-    ):
-        found[table].add(column)
-    return found
+        lacks_table = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+        problem = "is not a database of Lanyard" if lacks_table else "cannot be read as a database"
+        raise BackupError(f"{name} {problem}: {error}.") from None
 
 
 def _first(connection: sqlite3.Connection, statement: str) -> str | None:
@@ -162,110 +140,80 @@ def _first(connection: sqlite3.Connection, statement: str) -> str | None:
     return str(row[0]) if row else None
 
 
-def _lacking(columns: dict[str, set[str]]) -> str | None:
-    """Return the name of the first table or column that is missing."""
-    for name, table in Base.metadata.tables.items():
-        for column in table.columns:
-            if column.name not in columns.get(name, ()):
-                return f"{name}.{column.name}" if name in columns else f"the table {name}"
-    return None
+def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
+    """Refuse a name that a backup must not have.
 
-
-def refuse_own_files(settings: Settings, file: Path) -> None:
-    """Refuse a name that a copy must not have.
-
-    :raises BackupError: when it is the database's own, or no file's.
+    :raises BackupError: if it is the database's own or a folder's, or exists and must not be overwritten.
     """
-    live = settings.database_file
-    own = [live, *(Path(f"{live}{ending}") for ending in _COMPANIONS)]
+    database = settings.database_file
+    own = [database, *(Path(f"{database}{ending}") for ending in _COMPANIONS)]
     if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in own):
         raise BackupError(f"{file} is the instance's own database.")
     if file.is_dir():
         raise BackupError(f"{file} is a folder: name a file.")
-
-
-def refuse_overwriting(file: Path, overwrite: bool) -> None:
-    """Refuse a name that is taken, unless it may be.
-
-    :raises BackupError: when it is.
-    """
     if file.exists() and not overwrite:
         raise BackupError(f"There is a {file} already: --force replaces it.")
 
 
 @contextmanager
-def draft_beside(file: Path) -> Iterator[Path]:
-    """An empty file of mode 0600 to write to, gone at the end whatever happens.
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yield an empty file of mode 0600 that durably replaces `file` unless the block raises.
 
-    :raises BackupError: when it cannot be made or written.
+    :raises BackupError: if it cannot be made or written.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            yield draft
+            with open(draft, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(draft, file)
+            sync_folder(file.parent)
+        finally:
+            for ending in ("", *_COMPANIONS):
+                Path(f"{draft}{ending}").unlink(missing_ok=True)
     except OSError as error:
-        raise BackupError(f"{file.parent} cannot be written to: {error.strerror}.") from None
-    try:
-        yield draft
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            raise
         raise BackupError(f"{file} cannot be written: {error.strerror}.") from None
-    finally:
-        for ending in ("", *_COMPANIONS):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{draft}{ending}")
 
 
 def _copy(source: Path, draft: Path, progress: Progress) -> None:
     try:
         with closing(open_read_only(source)) as origin, closing(sqlite3.connect(draft)) as copy:
-            copy.execute("PRAGMA synchronous = OFF")  # it is fsynced as a whole, when it is whole
-            # One snapshot for all steps: else every write of a server would start the copy anew.
+            copy.execute("PRAGMA synchronous = OFF")  # the finished file is fsynced once
+            # One snapshot for all steps: otherwise every write of a server would restart the copy.
             origin.isolation_level = None
             origin.execute("BEGIN")
             origin.execute("SELECT count(*) FROM sqlite_master").fetchone()
             origin.backup(
                 copy, pages=PAGES, progress=lambda status, left, total: progress(total - left, total)
             )
-            # A single file, that needs no -wal beside it.
+            # A single file, without a -wal.
             copy.execute("PRAGMA journal_mode = DELETE")
     except sqlite3.Error as error:
         raise BackupError(f"{source} cannot be copied: {error}.") from None
 
 
-def put_in_place(draft: Path, file: Path) -> None:
-    """Give the draft, which is whole, the name of the file, for good."""
-    with open(draft, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(draft, file)
-    sync_folder(file.parent)
-
-
 def _set_aside(target: Path) -> Path | None:
-    """Give the database, and what belongs to it, a second name; its own is there until it is replaced."""
-    if not target.exists():
-        _drop_companions(target)
-        return None
-    _make_single(target)
-    aside = target.with_name(f"{target.name}.replaced-{now():%Y%m%dT%H%M%SZ}")
-    if aside.exists():
-        raise BackupError(f"There is a {aside} already: move it away.")
-    os.link(target, aside)
-    # Of a damaged one there may be some left. Beside the new one they would be written into it.
+    """Give the database, if there is one, a second name; it keeps its own until it is replaced."""
+    aside = None
+    if target.exists():
+        _make_single(target)
+        aside = target.with_name(f"{target.name}.replaced-{now():%Y%m%dT%H%M%SZ}")
+        if aside.exists():
+            raise BackupError(f"There is a {aside} already: move it away.")
+        os.link(target, aside)
+    # Left by a damaged database; SQLite would write them into the restored one.
     for ending in _COMPANIONS:
-        with suppress(FileNotFoundError):
-            os.replace(f"{target}{ending}", f"{aside}{ending}")
+        companion = Path(f"{target}{ending}")
+        if aside and companion.exists():
+            companion.replace(f"{aside}{ending}")
+        companion.unlink(missing_ok=True)
     return aside
 
 
-def _drop_companions(target: Path) -> None:
-    for ending in _COMPANIONS:
-        with suppress(FileNotFoundError):
-            os.unlink(f"{target}{ending}")
-
-
 def _make_single(file: Path) -> None:
-    """Write what is in the -wal into the database file, which only works while nobody else has it open."""
+    """Write what is in the -wal into the database file, which fails while another process has it open."""
     try:
         with closing(sqlite3.connect(file, timeout=1)) as connection:
             connection.execute("PRAGMA journal_mode = DELETE")
@@ -273,4 +221,4 @@ def _make_single(file: Path) -> None:
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise BackupError("Another process uses the database: end it first.") from None
     except sqlite3.DatabaseError:
-        pass  # damaged: that is what a backup is for
+        pass  # damaged: the restore replaces it

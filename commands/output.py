@@ -1,40 +1,34 @@
-"""How the commands speak: tables for people, JSON for programs, faults as click tells them."""
+"""Output of the commands: tables for people, JSON for programs, errors in click's form."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
-from flask.cli import AppGroup
 from marshmallow import Schema, ValidationError
+from sqlalchemy.exc import DBAPIError
 
 from api import Problem, refuse
+from database import error_text
 from schemas import PAGE_SIZE_MAX
 
-NAME_WIDTH = 24  # characters of a free text in a table
+NAME_WIDTH = 24  # characters of a name in a table
 
-as_json = click.option("--json", "as_json", is_flag=True, help="For programs: JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-Columns = Mapping[str, Callable[[dict[str, Any]], Any]]  # a heading, and what to show of a row below it
-
-
-class Room(AppGroup):
-    """A group of commands in which a Problem is told as an error of the command's."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """click's hook."""
-        with told():
-            return super().invoke(ctx)
+# Headings of a table; under each a field of the row, or what a function makes of the row.
+Columns = Mapping[str, str | Callable[[dict[str, Any]], Any]]
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Tell a Problem the way click tells errors: exit code 2 for bad input, field by field, else 1."""
+def reported_errors() -> Iterator[None]:
+    """Report errors as click does: exit code 2 for invalid input, field by field, else 1."""
     try:
         yield
     except Problem as problem:
@@ -45,29 +39,34 @@ def told() -> Iterator[None]:
             for message in messages:
                 click.echo(f"Error: {name}: {message}", err=True)
         raise click.exceptions.Exit(2) from None
+    except DBAPIError as error:
+        raise click.ClickException(f"The database: {error_text(error)}.") from None
+    except BrokenPipeError:
+        raise  # click ends the command quietly
+    except (OSError, sqlite3.OperationalError) as error:
+        raise click.ClickException(f"{error}.") from None
 
 
-def load(schema: Schema, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given, through the schema that the API's fields go through.
+def load(schema: Schema, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Validate the options that were given by a schema of the API.
 
-    :raises Problem: when they will not do.
+    :raises Problem: if they are invalid.
     """
+    given = {name: value for name, value in options.items() if value not in (None, (), {})}
     try:
-        loaded: dict[str, Any] = schema.load(
-            {name: value for name, value in given.items() if value is not None}
-        )
+        loaded: dict[str, Any] = schema.load(given)
     except ValidationError as error:
         refuse(error.messages_dict)
     return loaded
 
 
 def paged(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a command that lists what the API pages through."""
+    """Add the options of a command that prints pages of a list."""
     for option in (
         as_json,
         click.option("--all", "everything", is_flag=True, help="All pages; with --json one object a line."),
-        click.option("--after", metavar="N", help="The page that follows: what the last one named."),
-        click.option("--limit", metavar="N", help=f"How many, up to {PAGE_SIZE_MAX}.  [default: 50]"),
+        click.option("--after", metavar="N", help="Print the page after N, which the page before named."),
+        click.option("--limit", metavar="N", help=f"Rows of a page, up to {PAGE_SIZE_MAX}.  [default: 50]"),
     ):
         command = option(command)
     return command
@@ -76,47 +75,70 @@ def paged(command: Callable[..., None]) -> Callable[..., None]:
 def show_pages(
     page: Callable[[dict[str, Any]], dict[str, Any]],
     query: dict[str, Any],
-    answer: Schema,
+    schema: Schema,
     columns: Columns,
     *,
     everything: bool,
     as_json: bool,
 ) -> None:
-    """Print a page, or all from there on.
+    """Print a page, or all pages from there on.
 
-    :param page: finds the page that a query asks for, as `answer` tells it.
+    :param page: returns the page for a query, for `schema` to dump.
     """
-    pages = _follow(page, query, answer) if everything else iter([_dump(answer, page(query))])
-    if everything and as_json:
-        for found in pages:
-            for row in _rows(found):
-                click.echo(json.dumps(row))
-        return
+    pages = _pages(page, query, schema, everything)
     if as_json:
-        show_json(next(pages))
+        for document in pages:
+            for item in _rows(document) if everything else [document]:
+                click.echo(json.dumps(item, indent=None if everything else 2))
         return
-    rows: list[dict[str, Any]] = []
-    following = None
-    for found in pages:
-        rows += _rows(found)
-        following = found["next"]
-    show_table(columns, rows)
-    if following:
-        click.echo(f"There are more: --after {following}, or --all.", err=True)
+    documents = list(pages)
+    show_table(columns, [row for document in documents for row in _rows(document)])
+    if following := documents[-1]["next"]:
+        note(f"There are more: --after {following}, or --all.")
+
+
+def _pages(
+    page: Callable[[dict[str, Any]], dict[str, Any]], query: dict[str, Any], schema: Schema, everything: bool
+) -> Iterator[dict[str, Any]]:
+    if everything:
+        query = query | {"limit": PAGE_SIZE_MAX}
+    while True:
+        document: dict[str, Any] = schema.dump(page(query))
+        yield document
+        if not everything or document["next"] is None:
+            return
+        query = query | {"after": int(document["next"])}
+
+
+def _rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return next(value for value in document.values() if isinstance(value, list))
+
+
+def show(document: Mapping[str, Any], as_json: bool, columns: Columns | None = None) -> None:
+    """Print a document's only member: as a table if there are columns, else one field a line."""
+    if as_json:
+        show_json(document)
+        return
+    (content,) = document.values()
+    if columns:
+        show_table(columns, content)
+    else:
+        show_fields(content)
 
 
 def show_table(columns: Columns, rows: Sequence[dict[str, Any]]) -> None:
-    """Print aligned columns under their headings, the last one cut where a terminal ends."""
-    lines = [list(columns), *([_cell(value(row)) for value in columns.values()] for row in rows)]
+    """Print aligned columns under their headings, cut at the width of the terminal."""
+    values = [[row[of] if isinstance(of, str) else of(row) for of in columns.values()] for row in rows]
+    lines = [list(columns), *(list(map(_cell, line)) for line in values)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for line in lines:
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        click.echo(text[:room])
+        text = "  ".join(cell.ljust(size) for cell, size in zip(line, widths, strict=True)).rstrip()
+        click.echo(text[:width])
 
 
 def show_fields(document: Mapping[str, Any]) -> None:
-    """Print one thing, a field a line."""
+    """Print one field a line."""
     width = max(map(len, document))
     for name, value in document.items():
         click.echo(f"{name.ljust(width)}  {_cell(value)}")
@@ -128,47 +150,34 @@ def show_json(document: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Say something to the person at the terminal: not data, so not on standard output."""
+    """Print a remark, which is not data, to standard error."""
     click.echo(text, err=True)
 
 
 @contextmanager
-def progress(label: str, length: int = 0) -> Iterator[Any]:
-    """A progress bar on a terminal's standard error, and nothing anywhere else."""
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar if standard error is a terminal.
+
+    Yields a function to call with the number of steps done, and of all steps.
+    """
     hidden = not sys.stderr.isatty()
-    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar:
-        yield bar
+    with click.progressbar(length=0, label=label, file=sys.stderr, hidden=hidden) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield advance
 
 
 def printable(text: str) -> str:
-    """The text without what could steer the operator's terminal: others wrote it."""
+    """Return the text with control characters replaced, which could control the operator's terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def shortened(text: str) -> str:
-    """A free text, as much of it as a table has room for."""
+    """Return at most NAME_WIDTH characters of the text."""
     return text if len(text) <= NAME_WIDTH else text[: NAME_WIDTH - 1] + "…"
-
-
-def _follow(
-    page: Callable[[dict[str, Any]], dict[str, Any]], query: dict[str, Any], answer: Schema
-) -> Iterator[dict[str, Any]]:
-    after = query["after"]
-    while True:
-        found = _dump(answer, page(query | {"limit": PAGE_SIZE_MAX, "after": after}))
-        yield found
-        if found["next"] is None:
-            return
-        after = int(found["next"])
-
-
-def _dump(answer: Schema, found: dict[str, Any]) -> dict[str, Any]:
-    dumped: dict[str, Any] = answer.dump(found)
-    return dumped
-
-
-def _rows(page: dict[str, Any]) -> list[dict[str, Any]]:
-    return next(value for value in page.values() if isinstance(value, list))
 
 
 def _cell(value: Any) -> str:

@@ -8,11 +8,11 @@ import select
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import sqlalchemy as sa
+from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError
 
 import agents
@@ -20,131 +20,118 @@ import credentials
 import keys
 import schemas
 from api import Problem, parse_json
-from commands import instance, output
-from commands.output import Room, as_json
+from commands import output
+from commands.output import as_json
 from database import error_text, is_transient, reading, writing
 from models import Agent, Event
 from webhooks import routes as webhooks
 
-FOLLOW_EVERY = 1.0  # seconds between looks for new events
-BEHIND = 1000  # numbers: on PostgreSQL an event that took its own first may be committed after others
+FOLLOW_EVERY = 1.0  # seconds between queries for new events
+BEHIND = 1000  # numbers: on PostgreSQL, an event may be committed after others with higher numbers
 
-agent_room = Room("agents", help="Agents: list, show, create, rotate, switch off and on, delete.")
-webhook_room = Room("webhooks", help="Webhooks, and what became of their deliveries.")
-signing_keys = Room("keys", help="Signing keys: list them, rotate them.")
-event_log = Room("events", help="What happened.")
+agents_group = AppGroup("agents", help="List, show, create, rotate, deactivate and delete agents.")
+webhooks_group = AppGroup("webhooks", help="List webhooks and their deliveries; send a delivery again.")
+keys_group = AppGroup("keys", help="List and rotate signing keys.")
+events_group = AppGroup("events", help="Print the audit log.")
 
-COMMANDS: Sequence[click.Command] = (agent_room, webhook_room, signing_keys, event_log, *instance.COMMANDS)
-
+NAME_COLUMN: output.Columns = {"NAME": lambda row: output.shortened(row["name"])}
+STATE_COLUMN: output.Columns = {"STATE": lambda row: "active" if row["is_active"] else "off"}
 AGENT_COLUMNS: output.Columns = {
-    "NAME": lambda agent: output.shortened(agent["name"]),
-    "CLIENT ID": lambda agent: agent["client_id"],
-    "STATE": lambda agent: _on_or_off(agent),
-    "LAST ACTIVE": lambda agent: agent["last_activity_at"],
-    "SCOPES": lambda agent: agent["scopes"],
+    **NAME_COLUMN,
+    "CLIENT ID": "client_id",
+    **STATE_COLUMN,
+    "LAST ACTIVE": "last_activity_at",
+    "SCOPES": "scopes",
 }
 WEBHOOK_COLUMNS: output.Columns = {
-    "ID": lambda webhook: webhook["id"],
-    "NAME": lambda webhook: output.shortened(webhook["name"]),
-    "STATE": lambda webhook: _on_or_off(webhook),
-    "EVENTS": lambda webhook: webhook["events"],
-    "URL": lambda webhook: webhook["url"],
+    "ID": "id",
+    **NAME_COLUMN,
+    **STATE_COLUMN,
+    "EVENTS": "events",
+    "URL": "url",
 }
 DELIVERY_COLUMNS: output.Columns = {
-    "ID": lambda delivery: delivery["id"],
-    "TYPE": lambda delivery: delivery["type"],
-    "STATUS": lambda delivery: delivery["status"],
-    "TRIES": lambda delivery: delivery["attempts"],
-    "CREATED": lambda delivery: delivery["created_at"],
+    "ID": "id",
+    "TYPE": "type",
+    "STATUS": "status",
+    "TRIES": "attempts",
+    "CREATED": "created_at",
     "ANSWER": lambda delivery: delivery["response_status"] or delivery["error"],
 }
 KEY_COLUMNS: output.Columns = {
-    "KID": lambda key: key["kid"],
-    "STATE": lambda key: key["state"],
-    "ALG": lambda key: key["alg"],
-    "PUBLISHED": lambda key: key["created_at"],
-    "SIGNS FROM": lambda key: key["signs_from"],
-    "GONE AT": lambda key: key["gone_at"],
+    "KID": "kid",
+    "STATE": "state",
+    "ALG": "alg",
+    "PUBLISHED": "created_at",
+    "SIGNS FROM": "signs_from",
+    "GONE AT": "gone_at",
 }
 
-named_agent = click.argument("agent", metavar="AGENT")
+agent_argument = click.argument("agent", metavar="AGENT")
+webhook_argument = click.argument("webhook", metavar="WEBHOOK")
 
 
-@agent_room.command("list")
-@click.option("--active", "is_active", flag_value="true", help="Only those that may get tokens.")
-@click.option("--inactive", "is_active", flag_value="false", help="Only those switched off or expired.")
-@click.option("--scope", help="Only those that have this scope.")
-@click.option("--owner", help="Only this owner's.")
-@click.option("--stale-days", metavar="N", help="Only those idle for so many days.")
-@click.option("--query", "-q", "q", help="Only those with this in name, description or owner, or client id.")
+@agents_group.command("list")
+@click.option("--active", "is_active", flag_value="true", help="Only agents that may get tokens.")
+@click.option("--inactive", "is_active", flag_value="false", help="Only deactivated or expired agents.")
+@click.option("--scope", help="Only agents with this scope.")
+@click.option("--owner", help="Only agents of this owner.")
+@click.option("--stale-days", metavar="N", help="Only agents not used for N days.")
+@click.option("--query", "-q", "q", help="Only agents with this in name, description, owner or client id.")
 @output.paged
 def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
-    """Agents, newest first."""
+    """List agents, newest first."""
     query = output.load(schemas.AgentQuery(), filters)
-    answer = schemas.AgentPage()
-    output.show_pages(agents.page, query, answer, AGENT_COLUMNS, everything=everything, as_json=as_json)
+    schema = schemas.AgentPage()
+    output.show_pages(agents.page, query, schema, AGENT_COLUMNS, everything=everything, as_json=as_json)
 
 
-@agent_room.command("show")
-@named_agent
+@agents_group.command("show")
+@agent_argument
 @as_json
 def show_agent(agent: str, as_json: bool) -> None:
-    """One agent, named by its id or its client id."""
+    """Show an agent, named by its id or its client id."""
     with reading() as connection:
-        found = agents.find(connection, _id_of(agent))
-    _show_agent({"agent": found}, as_json)
+        document = schemas.AgentResponse().dump({"agent": agents.find(connection, _id_of(agent))})
+    output.show(document, as_json)
 
 
-def _parse_metadata(
-    ctx: click.Context, option: click.Parameter, given: Sequence[str]
-) -> dict[str, str] | None:
+def _parse_metadata(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
     pairs = dict(text.split("=", 1) for text in given if "=" in text)
     if len(pairs) < len(given):
         raise click.BadParameter("Give name=value, each name once.")
-    return pairs or None
+    return pairs
 
 
-def _parse_jwks(ctx: click.Context, option: click.Parameter, given: Path | None) -> Any:
+def _parse_jwks(ctx: click.Context, option: click.Parameter, file: IO[bytes] | None) -> Any:
+    if file is None:
+        return None
     try:
-        return parse_json(given.read_bytes()) if given else None
+        with file:
+            return parse_json(file.read())
     except ValueError as error:
         raise click.BadParameter(str(error).replace("The body", "The file")) from None
 
 
-def _none_if_empty(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> list[str] | None:
-    return list(given) or None
-
-
-@agent_room.command("create")
-@click.option("--name", help="What it is called.")
-@click.option("--scope", "scopes", multiple=True, callback=_none_if_empty, help="It may have; may repeat.")
+@agents_group.command("create")
+@click.option("--name", help="Name of the agent.")
+@click.option("--scope", "scopes", multiple=True, help="Scope that it may have; may repeat.")
 @click.option("--expires-in", type=int, metavar="SECONDS", help="Until it expires.  [default: never]")
-@click.option("--owner", help="Who answers for it.")
+@click.option("--owner", help="Who is responsible for it.")
 @click.option("--description", help="What it is for.")
-@click.option(
-    "--audience",
-    "audiences",
-    multiple=True,
-    callback=_none_if_empty,
-    help="A resource it may name; may repeat.",
-)
-@click.option("--token-ttl", type=int, metavar="SECONDS", help="How long its access tokens live.")
-@click.option("--rate-limit", type=int, metavar="N", help="Tokens it may get in a minute.")
+@click.option("--audience", "audiences", multiple=True, help="Resource that it may name; may repeat.")
+@click.option("--token-ttl", type=int, metavar="SECONDS", help="Lifetime of its access tokens.")
+@click.option("--rate-limit", type=int, metavar="N", help="Tokens that it may get in a minute.")
 @click.option("--metadata", multiple=True, callback=_parse_metadata, metavar="NAME=VALUE", help="May repeat.")
-@click.option(
-    "--jwks",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    callback=_parse_jwks,
-    help="File of its public keys, a JWK set.",
-)
+@click.option("--jwks", type=click.File("rb"), callback=_parse_jwks, help="File of its public JWK set.")
 @click.option(
     "--auth-method",
     "token_endpoint_auth_method",
-    help="How it signs in.  [default: private_key_jwt with --jwks, else client_secret_basic]",
+    help="Client authentication method.  [default: private_key_jwt with --jwks, else client_secret_basic]",
 )
 @as_json
 def create_agent(as_json: bool, **given: Any) -> None:
-    """Register an agent; its client secret is shown this once."""
+    """Register an agent, and print its client secret, which is shown only once."""
     if given["jwks"] is not None and given["token_endpoint_auth_method"] is None:
         given["token_endpoint_auth_method"] = "private_key_jwt"
     created = schemas.AgentCreated().dump(agents.create(output.load(schemas.AgentCreate(), given)))
@@ -153,15 +140,15 @@ def create_agent(as_json: bool, **given: Any) -> None:
         return
     output.show_fields({"id": created["agent"]["id"], **{k: v for k, v in created.items() if k != "agent"}})
     if "client_secret" in created:
-        output.note("The secret is shown this once: only its hash is kept.")
+        output.note("The secret is shown this once: only its hash is stored.")
 
 
-@agent_room.command("rotate")
-@named_agent
+@agents_group.command("rotate")
+@agent_argument
 @click.option(
-    "--grace-period", type=int, metavar="SECONDS", help="How long the old secret works on, up to a day."
+    "--grace-period", type=int, metavar="SECONDS", help="How long the old secret stays valid, up to a day."
 )
-@click.option("--revoke-tokens", is_flag=True, help="End every token of the agent: for a leak.")
+@click.option("--revoke-tokens", is_flag=True, help="Revoke all tokens of the agent, after a leak.")
 @as_json
 def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
     """Give an agent a new client secret, and print it."""
@@ -173,24 +160,24 @@ def rotate_agent(agent: str, as_json: bool, **given: Any) -> None:
         click.echo(rotated["client_secret"])
 
 
-@agent_room.command("deactivate")
-@named_agent
+@agents_group.command("deactivate")
+@agent_argument
 @as_json
 def deactivate_agent(agent: str, as_json: bool) -> None:
-    """Switch an agent off, and end its tokens: the kill switch."""
-    _show_agent(agents.deactivate(_id_of(agent)), as_json)
+    """Deactivate an agent, and end all its tokens."""
+    output.show(schemas.AgentResponse().dump(agents.deactivate(_id_of(agent))), as_json)
 
 
-@agent_room.command("reactivate")
-@named_agent
+@agents_group.command("reactivate")
+@agent_argument
 @as_json
 def reactivate_agent(agent: str, as_json: bool) -> None:
-    """Switch an agent on again, without its old tokens."""
-    _show_agent(agents.reactivate(_id_of(agent)), as_json)
+    """Reactivate an agent; its old tokens stay invalid."""
+    output.show(schemas.AgentResponse().dump(agents.reactivate(_id_of(agent))), as_json)
 
 
-@agent_room.command("delete")
-@named_agent
+@agents_group.command("delete")
+@agent_argument
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_agent(agent: str, yes: bool) -> None:
     """Delete an agent and all its tokens."""
@@ -203,52 +190,49 @@ def delete_agent(agent: str, yes: bool) -> None:
     output.note(f"Deleted {found.client_id}.")
 
 
-@webhook_room.command("list")
+@webhooks_group.command("list")
 @as_json
 def list_webhooks(as_json: bool) -> None:
-    """All webhooks, newest first."""
+    """List all webhooks, newest first."""
     document = schemas.WebhookList().dump(webhooks.list_all())
-    _show_list(document, WEBHOOK_COLUMNS, as_json)
+    output.show(document, as_json, WEBHOOK_COLUMNS)
 
 
-@webhook_room.command("deliveries")
-@click.argument("webhook", metavar="WEBHOOK")
-@click.option("--status", help="Only those that are pending, retrying, delivered or dead.")
+@webhooks_group.command("deliveries")
+@webhook_argument
+@click.option("--status", help="Only deliveries that are pending, retrying, delivered or dead.")
 @output.paged
 def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: str | None) -> None:
-    """What became of each event for a webhook, newest first."""
+    """List the deliveries to a webhook, newest first."""
     query = output.load(schemas.DeliveryQuery(), filters)
     page = partial(webhooks.page, webhook)
-    answer = schemas.DeliveryPage()
-    output.show_pages(page, query, answer, DELIVERY_COLUMNS, everything=everything, as_json=as_json)
+    schema = schemas.DeliveryPage()
+    output.show_pages(page, query, schema, DELIVERY_COLUMNS, everything=everything, as_json=as_json)
 
 
-@webhook_room.command("redeliver")
-@click.argument("webhook", metavar="WEBHOOK")
+@webhooks_group.command("redeliver")
+@webhook_argument
 @click.argument("delivery", metavar="DELIVERY")
 @as_json
 def redeliver(webhook: str, delivery: str, as_json: bool) -> None:
-    """Send a delivery again from the start, under the same id."""
-    document = schemas.DeliveryResponse().dump(webhooks.make_due(webhook, delivery))
-    _show_one(document, "delivery", as_json)
+    """Send a delivery again, with the same id and all its retries."""
+    output.show(schemas.DeliveryResponse().dump(webhooks.make_due(webhook, delivery)), as_json)
 
 
-@signing_keys.command("list")
+@keys_group.command("list")
 @as_json
 def list_keys(as_json: bool) -> None:
-    """Every signing key, newest first, and where it is in its life."""
+    """List all signing keys and their states, newest first."""
     with reading() as connection:
         document = schemas.KeyList().dump({"keys": keys.list_keys(connection)})
-    _show_list(document, KEY_COLUMNS, as_json)
+    output.show(document, as_json, KEY_COLUMNS)
 
 
-@signing_keys.command("rotate")
-@click.option(
-    "--now", is_flag=True, help="For a leaked key: sign with the new one at once, end all access tokens."
-)
+@keys_group.command("rotate")
+@click.option("--now", is_flag=True, help="Sign with the new key at once, and end all access tokens.")
 @as_json
 def rotate_key(now: bool, as_json: bool) -> None:
-    """Publish a new key; it signs once every verifier can know it."""
+    """Publish a new key, which signs once every verifier has it; after a leak, use --now."""
     with writing() as connection:
         keys.rotate(connection, at_once=now)
         document = schemas.KeyResponse().dump({"key": keys.list_keys(connection)[0]})
@@ -258,24 +242,17 @@ def rotate_key(now: bool, as_json: bool) -> None:
         click.echo("Key {kid} signs from {signs_from}.".format(**document["key"]))
 
 
-@event_log.command("tail")
-@click.option(
-    "--lines",
-    "-n",
-    type=click.IntRange(min=0),
-    default=20,
-    show_default=True,
-    help="How many of the past to begin with.",
-)
-@click.option("--follow/--no-follow", default=True, help="Wait for what happens next.")
+@events_group.command("tail")
+@click.option("--lines", "-n", type=click.IntRange(min=0), default=20, show_default=True, help="Past events.")
+@click.option("--follow/--no-follow", default=True, help="Wait for new events.")
 def tail_events(lines: int, follow: bool) -> None:
-    """Print events as they happen, one JSON object a line, oldest first."""
+    """Print the last events, then new ones, as one JSON object a line, oldest first."""
     try:
         _tail(lines, follow)
     except KeyboardInterrupt:
-        pass  # how one stops looking on
+        pass  # the usual way to end it
     except BrokenPipeError:
-        # Python flushes standard output once more at its end.
+        # Python flushes standard output once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -283,21 +260,21 @@ def _tail(lines: int, follow: bool) -> None:
     schema = schemas.Event()
     with reading() as connection:
         newest = connection.execute(sa.select(Event).order_by(Event.pk.desc()).limit(lines)).all()
-        seen = connection.scalar(sa.select(sa.func.max(Event.pk))) or 0
-        shown = set(connection.scalars(sa.select(Event.pk).where(Event.pk > seen - BEHIND)))
+        last = connection.scalar(sa.select(sa.func.max(Event.pk))) or 0
+        shown = set(connection.scalars(sa.select(Event.pk).where(Event.pk > last - BEHIND)))
     for event in reversed(newest):
         click.echo(json.dumps(schema.dump(event)))
         shown.add(event.pk)
-    while follow and not _reader_leaves_within(FOLLOW_EVERY):
-        for event in _new_events(seen - BEHIND, shown):
+    while follow and not _wait_for_closed_pipe(FOLLOW_EVERY):
+        for event in _new_events(last - BEHIND, shown):
             click.echo(json.dumps(schema.dump(event)))
             shown.add(event.pk)
-        seen = max([seen, *shown])
-        shown = {pk for pk in shown if pk > seen - BEHIND}
+        last = max([last, *shown])
+        shown = {pk for pk in shown if pk > last - BEHIND}
 
 
 def _new_events(pk: int, shown: set[int]) -> Sequence[Any]:
-    """Events numbered above `pk` but for those, oldest first; none while the database does not answer."""
+    """Return events with numbers above `pk` that are not in `shown`; none while the database is down."""
     new = sa.select(Event).where(Event.pk > pk, Event.pk.not_in(shown)).order_by(Event.pk)
     try:
         with reading() as connection:
@@ -309,15 +286,15 @@ def _new_events(pk: int, shown: set[int]) -> Sequence[Any]:
         return []
 
 
-def _reader_leaves_within(seconds: float) -> bool:
-    """Wait so long, or until standard output is a pipe that nobody reads any more."""
+def _wait_for_closed_pipe(seconds: float) -> bool:
+    """Return True as soon as the reader of standard output has closed it, else False after the time."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors alone, which a closed pipe is one of
+    poll.register(sys.stdout.fileno(), 0)  # errors only; a closed pipe is one
     return bool(poll.poll(seconds * 1000))
 
 
 def _id_of(agent: str) -> str:
-    """An agent's id, when it is named by its client id; else what was given."""
+    """Return the id of the agent with this client id, or the argument if it is not a client id."""
     if not credentials.is_client_id(agent):
         return agent
     with reading() as connection:
@@ -325,26 +302,3 @@ def _id_of(agent: str) -> str:
     if found is None:
         raise Problem(404, "not_found", "No agent has this client id.")
     return found
-
-
-def _on_or_off(row: dict[str, Any]) -> str:
-    return "active" if row["is_active"] else "off"
-
-
-def _show_agent(answer: dict[str, Any], as_json: bool) -> None:
-    _show_one(schemas.AgentResponse().dump(answer), "agent", as_json)
-
-
-def _show_one(document: Any, name: str, as_json: bool) -> None:
-    if as_json:
-        output.show_json(document)
-    else:
-        output.show_fields(document[name])
-
-
-def _show_list(document: Any, columns: output.Columns, as_json: bool) -> None:
-    if as_json:
-        output.show_json(document)
-        return
-    (rows,) = document.values()
-    output.show_table(columns, rows)

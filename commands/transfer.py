@@ -15,15 +15,14 @@ from commands.backup import BackupError, Progress
 from config import Settings
 from database import error_text
 from migrations import upgrade
-from models import Base, Delivery, SigningKey
+from models import Base, SigningKey
 from storage import postgresql, sqlite
 
 BATCH = 1000  # rows
 
 _TABLES = Base.metadata.sorted_tables  # a table comes after those that it refers to
 _SEQUENCE = sa.table("sqlite_sequence", sa.column("name"), sa.column("seq"))
-# Receivers of webhooks chose these texts: a NUL in one must not make a restore impossible.
-_FROM_RECEIVERS = ("response_body", "error")
+_FROM_RECEIVERS = ("response_body", "error")  # columns of deliveries
 
 
 def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
@@ -32,32 +31,29 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
     Writers are not blocked. Encrypted secrets stay encrypted.
 
     :param progress: called with the number of rows copied so far, and of all rows.
-    :raises BackupError: when `file` exists, or cannot be written.
-    :raises SettingError: when the database has another schema than this code.
+    :raises BackupError: if `file` exists, or cannot be written.
+    :raises SettingError: if the database has another schema than this code.
     """
-    backup.refuse_own_files(settings, file)
-    backup.refuse_overwriting(file, overwrite)
+    backup.check_name(settings, file, overwrite=overwrite)
     options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-    with backup.draft_beside(file) as draft:
+    with backup.whole_file(file) as draft:
         with _transaction(settings, **options) as source:
             upgrade.bring_up_to_date(source.engine, settings, may_change=False)
             backup.run_revisions(draft, "The copy")
             with _engine(lambda: _open_draft(draft)).begin() as target:
                 _copy_rows(source, target, progress)
         backup.check(draft, "The copy")
-        backup.put_in_place(draft, file)
 
 
 def restore(settings: Settings, file: Path, *, progress: Progress) -> None:
-    """Fill the instance's database, in which nothing has happened yet, from a backup: all or nothing.
+    """Fill the instance's database, which must be new, from a backup: completely or not at all.
 
     :param progress: called with the number of rows copied so far, and of all rows.
-    :raises BackupError: when a server runs, the database is in use, or `file` cannot be restored.
-    :raises SettingError: when the database cannot be used.
+    :raises BackupError: if a server runs, the database is in use, or `file` cannot be restored.
+    :raises SettingError: if the database cannot be used.
     """
-    with backup.up_to_date(file) as current, postgresql.startup_lock(settings):
-        backup.check_secrets(settings, current, str(file))
-        # Servers that start from here on wait for the lock that `startup_lock` holds.
+    with backup.usable_backup(settings, file) as current, postgresql.startup_lock(settings):
+        # Servers that start from here on wait for the lock that `alone` holds.
         if postgresql.is_serving(settings):
             raise BackupError("A server runs on this instance: stop it first.")
         with (
@@ -89,7 +85,7 @@ def _open_draft(draft: Path) -> sqlite3.Connection:
 def _prepare(target: sa.Connection, settings: Settings) -> None:
     """Make or upgrade the tables, and lock them; in the caller's transaction.
 
-    :raises BackupError: when rows other than signing keys exist: a first start makes one signing key.
+    :raises BackupError: if rows other than signing keys exist; a first start makes one signing key.
     """
     upgrade.read_revision(target, settings.database_name)
     target.exec_driver_sql("SET LOCAL lock_timeout = '30s'")
@@ -108,9 +104,13 @@ def _copy_rows(source: sa.Connection, target: sa.Connection, progress: Progress)
     total = sum(_count(source, table) for table in _TABLES)
     done = 0
     for table in _TABLES:
+        plain = _without_conversions(table)
+        rows = sa.select(plain).order_by(*(plain.c[column.name] for column in table.primary_key))
         try:
-            for batch in _batches(source, table):
-                target.execute(_insertion(table), batch)
+            # yield_per: a server-side cursor, so that memory stays flat.
+            found = source.execute(rows, execution_options={"yield_per": BATCH})
+            for batch in found.mappings().partitions():
+                target.execute(sa.insert(plain), [_without_nul(row) for row in batch])
                 done += len(batch)
                 progress(done, total)
             if table.autoincrement_column is not None:
@@ -124,39 +124,30 @@ def _count(connection: sa.Connection, table: sa.Table) -> int:
     return connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
 
 
-def _batches(source: sa.Connection, table: sa.Table) -> Iterator[list[dict[str, Any]]]:
-    columns = [sa.type_coerce(column, _stored_type(column)).label(column.name) for column in table.columns]
-    statement = sa.select(*columns).order_by(*table.primary_key)
-    # yield_per: a server-side cursor, so that memory stays flat.
-    found = source.execute(statement, execution_options={"yield_per": BATCH})
-    for rows in found.mappings().partitions():
-        batch = [dict(row) for row in rows]
-        if table is Delivery.__table__:
-            _replace_nul(batch)
-        yield batch
-
-
-def _insertion(table: sa.Table) -> sa.Insert:
-    return sa.insert(table).values(
-        {column.name: sa.bindparam(column.name, type_=_stored_type(column)) for column in table.columns}
+def _without_conversions(table: sa.Table) -> sa.TableClause:
+    """Return the table with plain column types, so that an encrypted secret is copied as it is stored."""
+    types = {column.name: column.type for column in table.columns}
+    return sa.table(
+        table.name,
+        *(
+            sa.column(name, own.impl_instance if isinstance(own, sa.types.TypeDecorator) else own)
+            for name, own in types.items()
+        ),
     )
 
 
-def _stored_type(column: sa.Column[Any]) -> sa.types.TypeEngine[Any]:
-    """The column's type without conversions of ours: an encrypted secret is copied as it is stored."""
-    return column.type.impl_instance if isinstance(column.type, sa.types.TypeDecorator) else column.type
-
-
-def _replace_nul(deliveries: list[dict[str, Any]]) -> None:
-    """PostgreSQL's text cannot hold NUL."""
-    for delivery in deliveries:
-        for name in _FROM_RECEIVERS:
-            if delivery[name]:
-                delivery[name] = delivery[name].replace("\0", "\N{REPLACEMENT CHARACTER}")
+def _without_nul(row: sa.RowMapping) -> dict[str, Any]:
+    """Replace NUL, which PostgreSQL's text cannot hold, in texts chosen by receivers of webhooks."""
+    changed = {
+        name: row[name].replace("\0", "\N{REPLACEMENT CHARACTER}")
+        for name in _FROM_RECEIVERS
+        if row.get(name)
+    }
+    return {**row, **changed}
 
 
 def _last_number(connection: sa.Connection, table: sa.Table) -> int:
-    """The highest number that a row of the table has, or had."""
+    """Return the highest number that a row of the table has or had."""
     (pk,) = table.primary_key
     highest = connection.scalar(sa.select(sa.func.max(pk))) or 0
     if connection.dialect.name == "sqlite":
@@ -168,7 +159,7 @@ def _last_number(connection: sa.Connection, table: sa.Table) -> int:
 
 
 def _set_last_number(connection: sa.Connection, table: sa.Table, number: int) -> None:
-    """Make the next row's number the one above."""
+    """Make the next row's number `number` + 1."""
     if connection.dialect.name != "sqlite":
         setval = sa.text("SELECT setval(pg_get_serial_sequence(:name, 'pk'), :number, :is_given)")
         connection.execute(setval, {"name": table.name, "number": max(number, 1), "is_given": number > 0})

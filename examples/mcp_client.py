@@ -28,7 +28,7 @@ CLIENT_ID = os.environ["CLIENT_ID"]
 
 
 class Memory:
-    """The SDK's TokenStorage: keeps the token while the program runs."""
+    """The SDK's TokenStorage, in memory."""
 
     def __init__(self) -> None:
         self.token: OAuthToken | None = None
@@ -38,7 +38,7 @@ class Memory:
         return self.token
 
     async def set_tokens(self, tokens: OAuthToken) -> None:
-        """Keep the token."""
+        """Store the token."""
         self.token = tokens
 
     async def get_client_info(self) -> OAuthClientInformationFull | None:

@@ -24,15 +24,15 @@ LEEWAY = 30  # seconds that the clocks may differ by
 
 
 class OfflineVerifier:
-    """The SDK's TokenVerifier, with the key set, which it keeps for five minutes."""
+    """The SDK's TokenVerifier, with the key set, cached for five minutes."""
 
     def __init__(self) -> None:
         self.keys = jwt.PyJWKClient(f"{ISSUER}/.well-known/jwks.json")
 
     async def verify_token(self, token: str) -> AccessToken | None:
-        """Return what a valid access token says (RFC 9068 §4), or None."""
+        """Return the claims of a valid access token (RFC 9068 §4), or None."""
         try:
-            # In a thread: now and then it fetches the keys.
+            # In a thread, since it may fetch the keys.
             found = await asyncio.to_thread(self.verify, token)
         except jwt.PyJWKClientConnectionError:
             raise  # without keys, no token can be verified

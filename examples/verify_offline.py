@@ -59,8 +59,8 @@ def verify(token: str) -> dict[str, Any]:
 
 def refuse(status: int, **attributes: str) -> NoReturn:
     """End the request with the challenge of RFC 6750 §3."""
-    told = ", ".join(f'{name}="{value}"' for name, value in {"realm": "reports", **attributes}.items())
-    abort(Response(status=status, headers={"WWW-Authenticate": f"Bearer {told}"}))
+    challenge = ", ".join(f'{name}="{value}"' for name, value in {"realm": "reports", **attributes}.items())
+    abort(Response(status=status, headers={"WWW-Authenticate": f"Bearer {challenge}"}))
 
 
 if __name__ == "__main__":

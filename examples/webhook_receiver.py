@@ -13,7 +13,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 app = Flask(__name__)
 webhook = Webhook(os.environ["WEBHOOK_SECRET"])
-# A delivery may arrive twice, with the same id. Keep the ids where your data is.
+# A delivery may arrive twice, with the same id. Store the ids together with your data.
 seen: OrderedDict[str, None] = OrderedDict()
 
 

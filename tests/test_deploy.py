@@ -137,7 +137,8 @@ def test_the_container_copies_what_is_there_and_is_not_root() -> None:
     sources = [source for step, rest in steps if step == "COPY" for source in rest.split()[:-1]]
     assert all(list(HERE.glob(source)) for source in sources)
     copied = {path.name for source in sources for path in HERE.glob(source)}
-    assert {"gunicorn.conf.py", "wsgi.py", "requirements.txt", "migrations"} <= copied
+    needed = {path.parent.name for path in HERE.glob("*/*.py")} - {"tests", "bench", "examples"}
+    assert needed | {"gunicorn.conf.py", "wsgi.py", "requirements.txt"} <= copied
     assert next(rest for step, rest in steps if step == "USER") == "10001:10001"
 
 
@@ -152,6 +153,15 @@ def test_the_compose_file_builds_the_container_and_keeps_its_data() -> None:
     for volume in service["volumes"]:
         assert f"VOLUME {volume.split(':')[1]}" in container
     assert [port.split(":")[0] for port in service["ports"]] == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"), [("nginx.conf", r"keepalive_timeout (\d+)s;"), ("Caddyfile", r"keepalive (\d+)s\n")]
+)
+def test_a_proxy_closes_an_idle_connection_before_lanyard(file: str, setting: str) -> None:
+    (proxy,) = re.findall(setting, (DEPLOY / file).read_text())
+    (lanyard,) = re.findall(r"^keepalive = (\d+)$", (HERE / "gunicorn.conf.py").read_text(), re.MULTILINE)
+    assert 30 <= int(proxy) <= int(lanyard) - 20
 
 
 @needs("caddy", "caddy")

@@ -26,10 +26,9 @@ from flask.testing import FlaskClient
 from standardwebhooks import Webhook as Verifier
 from werkzeug.test import TestResponse
 
-import events
 from app import create_app
 from config import SettingError
-from models import Delivery, Webhook, db, decrypt
+from models import EVENT_GROUPS, EVENT_TYPES, Delivery, Webhook, db, decrypt
 from ops import cleanup
 from webhooks import delivery
 from webhooks.delivery import Outcome
@@ -109,7 +108,7 @@ def test_a_bad_field_is_named(client: FlaskClient, fields: dict[str, Any], named
 
 def test_what_may_be_subscribed_to_is_listed(client: FlaskClient) -> None:
     listed = client.get("/api/webhook-events", headers=OPERATOR).json
-    assert listed == {"events": list(events.TYPES), "groups": list(events.GROUPS)}
+    assert listed == {"events": list(EVENT_TYPES), "groups": list(EVENT_GROUPS)}
 
 
 @pytest.mark.parametrize("method", ["PATCH", "PUT"])
