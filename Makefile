@@ -22,7 +22,7 @@ test-long: .venv/installed-dev ## run the tests that generate examples, with man
 	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py
 
 test-postgresql: .venv/installed-dev tests/node/node_modules ## run them on a PostgreSQL that is started for them
-	@$(BIN)/python tests/on_postgresql.py
+	@$(BIN)/python tests/support/postgresql.py
 
 coverage: .venv/installed-dev tests/node/node_modules ## run them and show which lines none of them reaches
 	@$(BIN)/pytest --cov --cov-report=term-missing:skip-covered

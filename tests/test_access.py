@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import stat
-from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ADMIN_TOKEN, OPERATOR, settings_for
 from flask import Flask, request
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, basic
+from support.instances import ADMIN_TOKEN, settings_for
 
 from app import create_app
 from config import SettingError
-
-
-def basic(username: str, password: str) -> dict[str, str]:
-    return {"Authorization": "Basic " + b64encode(f"{username}:{password}".encode()).decode()}
 
 
 @pytest.mark.parametrize("headers", [OPERATOR, basic("admin", ADMIN_TOKEN)], ids=["Bearer", "Basic"])

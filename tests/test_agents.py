@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import Clock, Operator, ask_refresh, ask_token, bearer
 from flask.testing import FlaskClient
+from support.callers import Operator, ask_refresh, ask_token, bearer
+from support.clock import Clock
 
 AGENT_FIELDS = {
     "id", "name", "description", "owner", "client_id", "scopes", "audiences", "metadata", "is_active",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Operator
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator
 
 import config
 from database import writing

@@ -13,31 +13,19 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
-from conftest import (
-    OPERATOR,
-    Operator,
-    Server,
-    ask_refresh,
-    ask_token,
-    bearer,
-    close,
-    copy_instance,
-    database_variables,
-    engine_of,
-    settings_for,
-)
 from cryptography.fernet import Fernet
 from flask import Flask
 from standardwebhooks import Webhook as Verifier
-from test_cli import lanyard
-from test_deliverer import Receiver
-from test_migrations import GOOD, next_release  # noqa: F401 - a fixture
-from test_serving import register, token_body
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer
+from support.instances import close, copy_instance, database_variables, engine_of, settings_for
+from support.receiver import Receiver
+from support.revisions import GOOD
+from support.servers import Server, lanyard, register, token_body
 from werkzeug.test import TestResponse
 
 import database
@@ -553,7 +541,7 @@ def test_secrets_in_clear_are_encrypted_by_the_next_start(sample: Path, there: P
 def test_an_older_backup_is_upgraded(
     filled: Path,
     there: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
 ) -> None:
     next_release(GOOD)
     before = filled.read_bytes()
@@ -568,7 +556,7 @@ def test_an_older_backup_is_upgraded(
 def test_a_database_of_an_older_schema(
     instance: Path,
     tmp_path: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
 ) -> None:
     next_release(GOOD)
     result = run(instance, "backup", tmp_path / "older.db")
@@ -584,7 +572,7 @@ def test_a_database_of_an_older_schema(
 def test_an_older_backup_that_cannot_be_upgraded_is_refused(
     filled: Path,
     instance: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
     upgrading: str,
 ) -> None:
     before = rows_of(instance)

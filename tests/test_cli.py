@@ -15,20 +15,12 @@ from typing import Any
 import pytest
 import requests
 from click.testing import Result
-from conftest import (
-    OPERATOR,
-    Clock,
-    Operator,
-    Server,
-    ask_refresh,
-    ask_token,
-    bearer,
-    copy_instance,
-    environment_of,
-    run_command,
-)
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
+from support.clock import Clock
+from support.instances import copy_instance, environment_of
+from support.servers import Server, lanyard
 
 from commands import output
 from config import HERE
@@ -49,11 +41,6 @@ def environment(tmp_path: Path, first_start: Path) -> dict[str, str]:
     folder = tmp_path / "instance"
     copy_instance(first_start, folder)
     return environment_of(folder)
-
-
-def lanyard(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The real command."""
-    return subprocess.run([HERE / "lanyard", *arguments], capture_output=True, text=True, **options)
 
 
 def loaded(result: Result) -> Any:

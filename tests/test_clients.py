@@ -12,13 +12,13 @@ from typing import Any
 import bcrypt
 import pytest
 from authlib.oauth2.rfc7523 import PrivateKeyJWT
-from conftest import Clock, Operator, ask_refresh, ask_token
 from flask.testing import FlaskClient
 from joserfc import jwt
 from joserfc.errors import BadSignatureError
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
-from test_tokens import FORM, refused
+from support.callers import FORM, Operator, ask_refresh, ask_token, refused
+from support.clock import Clock
 from werkzeug.test import TestResponse
 
 import credentials

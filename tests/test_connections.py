@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from support.servers import Server
 
 TOKEN = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"

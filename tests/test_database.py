@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sqlite3
 import stat
 import threading
 import time
@@ -13,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Operator, ask_refresh, ask_token, contents, engine_of, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token
+from support.instances import contents, lock, settings_for
 
 import models
 from app import create_app
@@ -79,18 +79,6 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
     client.post("/oauth/revoke", json={"token": token["access_token"]}, headers=OPERATOR)
     client.delete(f"/api/agents/{agent['agent']['id']}", headers=OPERATOR)
     assert durabilities == [True, False, True, True, True, False, True, True]
-
-
-def lock(folder: Path) -> Any:
-    """Another process's write lock, as far as the database can tell; `close()` ends it."""
-    if on_postgresql.is_used():
-        writer = engine_of(folder / "instance").connect().execution_options(isolation_level="AUTOCOMMIT")
-        postgresql.begin_writing(writer, durable=True, patient=True, exclusive=True)
-        return writer
-    path = folder / "instance" / "lanyard.db"
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.execute("BEGIN IMMEDIATE")
-    return connection
 
 
 def test_a_write_waits_for_another_instead_of_failing(app: Flask, tmp_path: Path) -> None:

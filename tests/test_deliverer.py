@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -13,81 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
-from conftest import Server, engine_of
 from flask import Flask
 from standardwebhooks import Webhook as Verifier
-from test_serving import register, token_body
+from support import postgresql as on_postgresql
+from support.instances import engine_of
+from support.receiver import Receiver
+from support.servers import Server, register, token_body
 
 from database import writing
 from webhooks import delivery
 
 Serve = Callable[..., Server]
-
-
-class Receiver(ThreadingHTTPServer):
-    """Takes webhooks, and answers as `decide` says; what it answered with 2xx is `taken`."""
-
-    request_queue_size = 128
-    daemon_threads = True
-
-    def __init__(self, decide: Callable[[str], int] = lambda event_id: 204) -> None:
-        self.decide = decide
-        self.taken: list[tuple[dict[str, str], bytes]] = []
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://localhost:{self.server_address[1]}/hook"
-
-    def bodies(self) -> list[dict[str, Any]]:
-        return [json.loads(body) for _, body in list(self.taken)]
-
-    def ids(self) -> set[str]:
-        return {headers["webhook-id"] for headers, _ in list(self.taken)}
-
-    def wait_for(self, done: Callable[[], bool], seconds: float = 30) -> None:
-        until = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < until, f"{len(self.taken)} deliveries arrived"
-            time.sleep(0.02)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        status = self.server.decide(self.headers["webhook-id"])
-        if status < 300:
-            self.server.taken.append((dict(self.headers), body))
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def receive() -> Iterator[Callable[..., Receiver]]:
-    listening: list[Receiver] = []
-
-    def start(*arguments: Any) -> Receiver:
-        listening.append(Receiver(*arguments))
-        return listening[-1]
-
-    yield start
-    for receiver in listening:
-        receiver.shutdown()
-        receiver.server_close()
 
 
 def subscribe(server: Server, url: str, *events: str) -> str:

@@ -20,15 +20,14 @@ from typing import Any
 import jwt
 import pytest
 import requests
-from conftest import Server, engine_of, free_port
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA512, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flask import Flask
-from test_deploy import DEPLOY, nginx, through_nginx
-from test_real_clients import NODE, access_token, issuer_of, needs_node
-from test_real_clients import running as running_server
-from test_serving import register, token_body
+from support.instances import engine_of
+from support.programs import DEPLOY, NODE, needs_node, nginx, through_nginx
+from support.servers import Server, access_token, free_port, issuer_of, register, token_body
+from support.servers import running as running_server
 
 from config import HERE, Settings
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import chromium
 import pytest
-from conftest import Server
 from flask.testing import FlaskClient
+from support import chromium
+from support.servers import Server
 
 CREATE = "#operations-agents-create_agent"
 

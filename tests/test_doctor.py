@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
-from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, engine_of, settings_for
 from cryptography.fernet import Fernet
 from flask import Flask
+from support.callers import OPERATOR
+from support.clock import Clock
+from support.instances import ADMIN_TOKEN, engine_of, settings_for
+from support.servers import Server
 
 from commands import doctor
 from commands.__main__ import lanyard as commands

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, run_command
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
+from support.clock import Clock
 
 import credentials
 import events

@@ -16,9 +16,9 @@ import jwt
 import pytest
 import requests
 import sqlalchemy as sa
-from conftest import Server, engine_of, free_port
 from joserfc.jwk import ECKey, OKPKey
-from test_serving import register, token_body
+from support.instances import engine_of
+from support.servers import Server, free_port, register, token_body
 
 from config import HERE
 

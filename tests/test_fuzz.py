@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-import on_postgresql
 import pytest
 import sqlalchemy as sa
-from anything import (
+from flask import Flask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import postgresql as on_postgresql
+from support.anything import (
     AGENT,
     JSON_TYPES,
     OPEN_ROUTES,
@@ -27,10 +30,8 @@ from anything import (
     query,
     segment,
 )
-from conftest import OPERATOR, Operator, ask_token, close, copy_instance, engine_of, settings_for
-from flask import Flask
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.callers import OPERATOR, Operator, ask_token
+from support.instances import close, copy_instance, engine_of, settings_for
 from werkzeug.datastructures import Headers
 from werkzeug.test import TestResponse
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import headers
 import pytest
-from conftest import OPERATOR, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, ask_token
 from werkzeug.test import TestResponse
 
 PAGE = "https://app.example.com"

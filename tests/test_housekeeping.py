@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
-from test_database import lock
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token
+from support.clock import Clock
+from support.instances import lock
 
 from models import Base, db
 from ops import cleanup

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer
 from flask.testing import FlaskClient
 from joserfc import jwt
 from joserfc.jwk import ECKey
-from test_access import basic
-from test_bearer import STRANGE_TOKENS
-from test_tokens import FORM, refused
+from support.callers import FORM, OPERATOR, Operator, ask_refresh, ask_token, basic, bearer, refused
+from support.clock import Clock
+from support.strange_tokens import STRANGE_TOKENS
 from werkzeug.test import TestResponse
 
 INACTIVE = {"active": False}

@@ -16,10 +16,11 @@ from typing import Any
 import jwt
 import pytest
 import requests
-from conftest import OPERATOR, Operator, Server, ask_token, bearer
 from flask import Flask, g
 from flask.testing import FlaskClient
 from joserfc.jwk import ECKey
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.servers import Server
 
 from ops import access_log
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import jwt
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, run_command, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
 from joserfc.jwk import import_key
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
+from support.clock import Clock
+from support.instances import settings_for
 
 import keys
 from app import create_app

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import OPERATOR
 from flask import Flask
 from flask.testing import FlaskClient
-from test_tokens import refused
+from support.callers import OPERATOR, refused
 
 WELL_KNOWN = ["oauth-authorization-server", "openid-configuration", "oauth-protected-resource", "jwks.json"]
 

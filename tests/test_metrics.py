@@ -13,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
-from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, free_port
 from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer
+from support.clock import Clock
+from support.servers import Server, free_port
 
 import counters
 from credentials import SecretChecker, new_client_id

@@ -9,24 +9,26 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import schemathesis
 import schemathesis.engine
-from conftest import ADMIN_TOKEN, OPERATOR, Operator, Server, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 from schemathesis import AuthContext, Case
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.instances import ADMIN_TOKEN
+from support.servers import Server
 
+from config import HERE
 from schemas import JWK
 
-CONFIG = Path(__file__).with_name("schemathesis.toml")
+CONFIG = HERE / "tests/support/schemathesis.toml"
 
 
 STATUSES = """

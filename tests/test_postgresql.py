@@ -15,26 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
 import sqlalchemy as sa
-from conftest import (
-    ADMIN_TOKEN,
-    OPERATOR,
-    Clock,
-    Operator,
-    Server,
-    ask_token,
-    copy_instance,
-    engine_of,
-    environment_of,
-    run_command,
-    settings_for,
-)
 from flask import Flask
-from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
-from test_serving import token_body
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_token, run_command
+from support.clock import Clock
+from support.instances import ADMIN_TOKEN, copy_instance, engine_of, environment_of, settings_for
+from support.receiver import Receiver
+from support.servers import Server, token_body
 
 import credentials
 import events
@@ -168,7 +158,7 @@ def test_no_token_of_an_agent_goes_uncounted(hosts: list[Server]) -> None:
 
 def test_webhooks_are_delivered_once_among_hosts(
     hosts: list[Server],
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)
@@ -182,7 +172,7 @@ def test_webhooks_are_delivered_once_among_hosts(
 
 def test_when_a_host_dies_another_delivers(
     hosts: list[Server],
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)
@@ -197,7 +187,7 @@ def test_when_a_host_dies_another_delivers(
 def test_after_a_restart_of_postgresql_no_request_fails(
     hosts: list[Server],
     tmp_path: Path,
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jwt
-from conftest import OPERATOR
-from expected import ACCESS_TTL, FAMILY_TTL, ISSUER, REFRESH_TTL, Agent, Family, Grant, Secret
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from support.callers import OPERATOR
+from support.expected import ACCESS_TTL, FAMILY_TTL, ISSUER, REFRESH_TTL, Agent, Family, Grant, Secret
+from support.world import World, asking, assert_refused, hint, plain, signed
 from werkzeug.test import TestResponse
-from world import World, asking, assert_refused, hint, plain, signed
 
 from ops import cleanup
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ADMIN_TOKEN, OPERATOR, Server
+from support.callers import OPERATOR
+from support.instances import ADMIN_TOKEN
+from support.servers import Server
 
 DELAYS = (0, 0, 0.002, 0.005)  # seconds that the first of a pair leaves later, one a try
 SCOPES = ("read", "write")

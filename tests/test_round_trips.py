@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import Operator, close, copy_instance, settings_for
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.callers import Operator
+from support.instances import close, copy_instance, settings_for
 
 from app import create_app
 

@@ -15,9 +15,10 @@ from typing import Any
 import bcrypt
 import pytest
 import requests
-from conftest import Operator, Server
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import Operator
+from support.servers import Server
 
 import credentials
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import Clock, Operator, ask_refresh, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import Operator, ask_refresh, ask_token, bearer
+from support.clock import Clock
 
 from models import Rotation, db
 

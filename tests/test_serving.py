@@ -19,9 +19,9 @@ import jwt
 import pytest
 import requests
 from authlib.integrations.requests_client import OAuth2Session
-from conftest import Server
 from joserfc import jwt as jose
 from joserfc.jwk import ECKey
+from support.servers import Server, register, token_body
 
 from config import HERE
 
@@ -34,21 +34,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", BCRYPT_COST="4")
     yield running.wait()
     assert "Traceback" not in running.stop()
-
-
-def register(server: Server, **fields: Any) -> dict[str, Any]:
-    body = {"name": "an agent", "scopes": ["read", "write"], **fields}
-    response = requests.post(f"{server.url}/api/agents", json=body)
-    assert response.status_code == 201, response.text
-    return dict(response.json())
-
-
-def token_body(agent: dict[str, Any]) -> dict[str, str]:
-    return {
-        "grant_type": "client_credentials",
-        "client_id": agent["client_id"],
-        "client_secret": agent["client_secret"],
-    }
 
 
 def test_the_walkthrough(local: Server) -> None:

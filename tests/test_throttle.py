@@ -7,9 +7,10 @@ from typing import Any
 
 import bcrypt
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.clock import Clock
 from werkzeug.test import TestResponse
 
 import credentials

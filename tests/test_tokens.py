@@ -10,12 +10,10 @@ from typing import Any
 
 import jwt
 import pytest
-from conftest import Clock, Operator, ask_refresh, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
-from werkzeug.test import TestResponse
-
-FORM = "application/x-www-form-urlencoded"
+from support.callers import FORM, Operator, ask_refresh, ask_token, bearer, refused
+from support.clock import Clock
 
 
 def decoded(app: Flask, token: dict[str, Any], audience: str = "http://localhost:8080") -> dict[str, Any]:
@@ -32,15 +30,6 @@ def decoded(app: Flask, token: dict[str, Any], audience: str = "http://localhost
             options={"verify_exp": False, "verify_iat": False},
         )
     )
-
-
-def refused(response: TestResponse, status: int, error: str) -> str:
-    """Assert an error answer's shape; returns its description."""
-    assert (response.status_code, response.json["error"]) == (status, error), response.text
-    assert set(response.json) == {"error", "error_description"}
-    assert response.headers["Cache-Control"] == "no-store"
-    assert response.mimetype == "application/json"
-    return str(response.json["error_description"])
 
 
 def test_the_answer_is_the_contracts(client: FlaskClient, agent: dict[str, Any]) -> None:

@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import (
-    OPERATOR,
-    Clock,
-    Operator,
-    ask_token,
-    bearer,
-    close,
-    contents,
-    engine_of,
-    settings_for,
-)
 from cryptography.fernet import Fernet
 from flask import Flask
 from flask.testing import FlaskClient
 from standardwebhooks import Webhook as Verifier
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.clock import Clock
+from support.instances import close, contents, engine_of, settings_for
 from werkzeug.test import TestResponse
 
 import events

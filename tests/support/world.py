@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, close, copy_instance, settings_for
-from expected import ISSUER, Agent, Grant, Secret, written
 from hypothesis.stateful import RuleBasedStateMachine, invariant
+from support.callers import OPERATOR
+from support.clock import Clock
+from support.expected import ISSUER, Agent, Grant, Secret, written
+from support.instances import close, copy_instance, settings_for
 from werkzeug.test import TestResponse
 
 import models
