@@ -49,9 +49,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # What these show does not depend on the database.
 NO_DATABASE = {
-    "test_config.py", "test_credentials.py", "test_deploy.py", "test_docs.py", "test_examples.py",
-    "test_headers.py", "test_journal.py", "test_openapi.py", "test_real_clients.py", "test_docs_page.py",
-    "test_wall.py", "test_connections.py",
+    "test_access_log.py", "test_config.py", "test_connections.py", "test_console.py",
+    "test_credentials.py", "test_deploy.py", "test_docs.py", "test_examples.py",
+    "test_layout.py", "test_openapi.py", "test_real_clients.py", "test_ssrf.py",
 }  # fmt: skip
 
 
