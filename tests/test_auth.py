@@ -262,7 +262,7 @@ def signed(app: Flask, claims: dict[str, Any], **header: Any) -> str:
     with app.app_context():
         key = signing_key()
         pem = key.as_pem(private=True)
-        return jwt.encode(claims, pem, "RS256", headers={"typ": "at+jwt", "kid": key.kid, **header})
+        return jwt.encode(claims, pem, "ES256", headers={"typ": "at+jwt", "kid": key.kid, **header})
 
 
 def claims_of(token: dict[str, Any]) -> dict[str, Any]:

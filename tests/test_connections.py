@@ -29,7 +29,7 @@ FORM = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicat
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("connections"), WORKERS="2", BCRYPT_COST="4", LOCAL="1")
+    running = Server(tmp_path_factory.mktemp("connections"), WORKERS="2", LOCAL="1")
     yield running.wait()
     assert "Traceback" not in running.stop()
 
@@ -346,7 +346,7 @@ def test_a_request_in_progress_is_answered_before_a_stop(serve: Callable[..., Se
 
 
 def test_a_reload_and_a_killed_worker_lose_no_request(serve: Callable[..., Server]) -> None:
-    running = serve(LOCAL="1", BCRYPT_COST="4").wait()
+    running = serve(LOCAL="1").wait()
     agent = register(running)
 
     def ask() -> int:

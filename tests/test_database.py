@@ -147,7 +147,7 @@ def test_an_error_rolls_everything_back(app: Flask) -> None:
         with pytest.raises(RuntimeError), writing() as connection:
             connection.execute(sa.update(SigningKey).values(alg="none"))
             raise RuntimeError
-        assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["RS256"]
+        assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["ES256"]
 
 
 def test_deleting_an_agent_leaves_nothing_of_it(

@@ -178,7 +178,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("nginx")
     port = free_port()
     url = f"https://127.0.0.1:{port}"
-    server = Server(folder, BCRYPT_COST="4", TRUSTED_PROXIES="1", ISSUER=url)
+    server = Server(folder, TRUSTED_PROXIES="1", ISSUER=url)
     try:
         server.wait()
         token = (server.instance / "admin_token").read_text().strip()

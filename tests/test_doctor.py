@@ -167,7 +167,7 @@ def test_a_clock_that_was_never_set(folder: Path, time_machine: Clock) -> None:
 
 def test_the_signing_keys_age(folder: Path, time_machine: Clock) -> None:
     assert "due by" in found(folder, OK, "keys")
-    assert "ES256" in found(folder, WARN, "keys", SIGNING_ALG="ES256")
+    assert "RS256" in found(folder, WARN, "keys", SIGNING_ALG="RS256")
     time_machine.advance(days=366)
     assert "366 days: ./lanyard keys rotate" in found(folder, WARN, "keys")
 

@@ -115,7 +115,7 @@ def test_a_request_without_credentials_is_no_failed_sign_in(client: FlaskClient)
 def test_a_key_rotation_is_told(client: FlaskClient) -> None:
     new = client.post("/api/keys/rotate", json={"now": True}, headers=OPERATOR).json["key"]
     (event,) = log(client, "?type=key.*")
-    assert event["data"] == {"kid": new["kid"], "alg": "RS256", "at_once": True}
+    assert event["data"] == {"kid": new["kid"], "alg": "ES256", "at_once": True}
 
 
 def test_what_did_not_happen_is_not_told(

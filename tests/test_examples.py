@@ -27,7 +27,7 @@ EXAMPLES = HERE / "examples"
 
 @pytest.fixture(scope="module")
 def lanyard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("lanyard"), LOCAL="1", BCRYPT_COST="4")
+    server = Server(tmp_path_factory.mktemp("lanyard"), LOCAL="1")
     try:
         yield server.wait()
     finally:
@@ -118,7 +118,7 @@ def sign(lanyard: Server, typ: str = "at+jwt", **claims: Any) -> dict[str, str]:
         "iat": now,
         "exp": now + 60,
     }
-    key = jwt.PyJWK.from_json(jwk, algorithm="RS256")
+    key = jwt.PyJWK.from_json(jwk, algorithm="ES256")
     token = jwt.encode({**usual, **claims}, key, headers={"typ": typ, "kid": kid})
     return {"Authorization": f"Bearer {token}"}
 

@@ -217,14 +217,14 @@ def test_the_signing_keys_moments_are_there(client: FlaskClient, time_machine: C
     following = "lanyard_signing_key_next_timestamp_seconds"
     made = "lanyard_signing_key_created_timestamp_seconds"
     before = scrape(client)
-    assert (following, "RS256") not in before
-    assert before[made, "RS256"] <= time_machine.now().timestamp()
+    assert (following, "ES256") not in before
+    assert before[made, "ES256"] <= time_machine.now().timestamp()
     client.post("/api/keys/rotate", json={}, headers=OPERATOR)
-    assert scrape(client)[following, "RS256"] == time_machine.now().timestamp() + 360
+    assert scrape(client)[following, "ES256"] == time_machine.now().timestamp() + 360
     time_machine.advance(seconds=360)
     after = scrape(client)
-    assert (following, "RS256") not in after
-    assert after[made, "RS256"] == time_machine.now().timestamp() - 360
+    assert (following, "ES256") not in after
+    assert after[made, "ES256"] == time_machine.now().timestamp() - 360
 
 
 def test_the_route_is_a_rule_and_no_path(client: FlaskClient, agent: dict[str, Any]) -> None:
@@ -328,7 +328,7 @@ def ask_many(server: Server, agent: dict[str, Any], times: int) -> None:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two workers."""
-    server = Server(tmp_path_factory.mktemp("running"), LOCAL="1", BCRYPT_COST="4").wait()
+    server = Server(tmp_path_factory.mktemp("running"), LOCAL="1").wait()
     yield server
     server.stop()
 

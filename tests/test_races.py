@@ -251,7 +251,7 @@ def allowed(first: str, second: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for the file: two workers, and agents of their own for every trial."""
-    started = Server(tmp_path_factory.mktemp("races"), BCRYPT_COST="4", ADMIN_TOKEN=ADMIN_TOKEN).wait()
+    started = Server(tmp_path_factory.mktemp("races"), ADMIN_TOKEN=ADMIN_TOKEN).wait()
     yield started
     assert "Traceback" not in started.stop()
 

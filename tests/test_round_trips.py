@@ -54,11 +54,11 @@ UNSAID: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def anybody(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Iterator[Operator]:
+def anybody(tmp_path_factory: pytest.TempPathFactory, first_start: Path) -> Iterator[Operator]:
     """The operator of an instance that all examples share."""
     folder = tmp_path_factory.mktemp("round-trips")
-    copy_instance(quick_start, folder)
-    app = create_app(settings_for(folder, SIGNING_ALG="ES256"), serving=True)
+    copy_instance(first_start, folder)
+    app = create_app(settings_for(folder), serving=True)
     yield Operator(app)
     close(app)
 

@@ -30,8 +30,8 @@ Serve = Callable[..., Server]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One in local mode for the file; each test has agents of its own."""
-    running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", BCRYPT_COST="4")
+    """One in local mode with default algorithm for the file; each test has agents of its own."""
+    running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", SIGNING_ALG="")
     yield running.wait()
     assert "Traceback" not in running.stop()
 
@@ -306,7 +306,7 @@ def test_a_rotation_of_the_signing_key_under_load_fails_no_verification(
                     "access_token"
                 ]
                 key = keys.get_signing_key_from_jwt(token)
-                jwt.decode(token, key, algorithms=["RS256"], audience=issuer, issuer=issuer)
+                jwt.decode(token, key, algorithms=["ES256"], audience=issuer, issuer=issuer)
                 header = {"Authorization": f"Bearer {token}"}
                 assert session.get(f"{server.url}/api/agents/me", headers=header).status_code == 200
                 verified += 1

@@ -17,6 +17,8 @@ from models import db
 from storage import postgresql
 
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
+# Tests whose subject they are set them to something else.
+CHEAP = {"BCRYPT_COST": "4", "SIGNING_ALG": "ES256"}
 
 
 def close(app: Flask) -> None:
@@ -27,8 +29,8 @@ def close(app: Flask) -> None:
 
 
 def settings_for(folder: Path, **variables: str) -> Settings:
-    """Settings for an instance in `folder`, cheap in bcrypt."""
-    env = {"INSTANCE": str(folder), "ADMIN_TOKEN": ADMIN_TOKEN, "BCRYPT_COST": "4", **variables}
+    """Settings for an instance in `folder`, with cheap hashes and signatures."""
+    env = {"INSTANCE": str(folder), "ADMIN_TOKEN": ADMIN_TOKEN, **CHEAP, **variables}
     env = database_variables(Path(env["INSTANCE"])) | env
     return Settings.from_env({f"LANYARD_{name}": value for name, value in env.items()})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from support.instances import database_variables
+from support.instances import CHEAP, database_variables
 
 from config import HERE
 
@@ -32,7 +32,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
         self.instance = folder / "instance"
-        env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **variables}
+        env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **CHEAP, **variables}
         env = database_variables(self.instance) | env
         self.worker_count = int(env["WORKERS"])
         with self.log.open("w") as log:
@@ -93,7 +93,7 @@ def token_body(agent: dict[str, Any]) -> dict[str, str]:
 @contextmanager
 def running(folder: Path, **variables: Any) -> Iterator[Server]:
     """A server in local mode that several tests share."""
-    server = Server(folder, LOCAL="1", BCRYPT_COST="4", **variables)
+    server = Server(folder, LOCAL="1", **variables)
     try:
         yield server.wait()
     finally:
