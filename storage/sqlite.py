@@ -36,9 +36,9 @@ BUSY_TIMEOUT = 5.0  # seconds a transaction waits for another's write lock
 SHORT_TIMEOUT = 0.25  # the same for one that can as well come later; under load none comes at once
 
 CHECKPOINT = 4000  # pages the WAL grows to, 16 MB, before they are copied into the database with two fsyncs
-PROMPT = 0.005  # seconds a request waits for the lock before it lets others of the process go on
+PROMPT = 0.005  # seconds a request that waits for the lock keeps the process to itself
 SHORTEST_SLEEP = 0.0001  # seconds
-LONGEST_SLEEP = 0.005  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
+LONGEST_SLEEP = 0.001  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
 
 _native_sleep = monkey.get_original("time", "sleep")
 
@@ -103,18 +103,22 @@ def _take_write_lock(connection: sa.Connection, seconds: float) -> None:
     driver: Any = connection.connection.dbapi_connection
     started = time.monotonic()
     has_turn = _turn.acquire(timeout=seconds)
+    yielded = time.monotonic()
     driver.execute("PRAGMA busy_timeout = 0")
     try:
-        while (waited := time.monotonic() - started) < seconds:
+        while (moment := time.monotonic()) - started < seconds:
             try:
                 driver.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     break
-            # Another process has the lock, most likely for less than a millisecond.
-            sleep = _native_sleep if waited < PROMPT else time.sleep
-            sleep(min(max(SHORTEST_SLEEP, waited / 4), LONGEST_SLEEP))
+            # Another process mostly has the lock for less than a millisecond: yielding at once would miss it.
+            if moment - yielded < PROMPT:
+                _native_sleep(min(max(SHORTEST_SLEEP, (moment - started) / 4), LONGEST_SLEEP))
+            else:
+                time.sleep(SHORTEST_SLEEP)  # under gevent the other requests of this process go on
+                yielded = time.monotonic()
         # The last attempt's error, as SQLAlchemy raises it.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     finally:
