@@ -90,7 +90,7 @@ def test_another_method_is_a_json_405_that_names_the_right_ones(client: FlaskCli
     assert response.headers["Allow"] == "POST"
 
 
-def test_a_crash_is_a_json_500_that_tells_nothing(
+def test_a_crash_is_a_json_500_without_details(
     make_app: Callable[..., Flask], caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app()
@@ -105,7 +105,7 @@ def test_a_crash_is_a_json_500_that_tells_nothing(
     assert "inner matter" in caplog.text
 
 
-def test_nothing_is_kept_by_caches_unless_it_says_so(client: FlaskClient) -> None:
+def test_answers_are_no_store_by_default(client: FlaskClient) -> None:
     for path in ("/", "/health", "/nowhere", "/api/agents"):
         assert client.get(path).headers["Cache-Control"] == "no-store"
 
@@ -179,7 +179,7 @@ def test_a_name_that_utf_8_cannot_carry_is_still_named(client: FlaskClient) -> N
         ("GET", "/crash", 500),
     ],
 )
-def test_every_answer_carries_them_and_an_id(app: Flask, method: str, path: str, status: int) -> None:
+def test_every_answer_has_security_headers_and_an_id(app: Flask, method: str, path: str, status: int) -> None:
     app.add_url_rule("/crash", view_func=lambda: 1 / 0)
     response = app.test_client().open(path, method=method)
     assert response.status_code == status
@@ -188,14 +188,14 @@ def test_every_answer_carries_them_and_an_id(app: Flask, method: str, path: str,
     assert "Strict-Transport-Security" not in response.headers
 
 
-def test_a_stranger_in_local_mode_gets_them_too(make_app: Callable[..., Flask]) -> None:
+def test_a_refusal_in_local_mode_has_security_headers_too(make_app: Callable[..., Flask]) -> None:
     response = make_app(LOCAL="1").test_client().get("/", headers={"Host": "evil.example.com"})
     assert response.status_code == 403
     assert HEADERS.items() <= dict(response.headers).items()
     assert response.headers["X-Request-Id"].startswith("req_")
 
 
-def test_what_is_cacheable_stays_so(client: FlaskClient) -> None:
+def test_cacheable_answers_stay_cacheable(client: FlaskClient) -> None:
     first = client.get("/.well-known/jwks.json")
     again = client.get("/.well-known/jwks.json", headers={"If-None-Match": first.headers["ETag"]})
     for response, status in ((first, 200), (again, 304)):
@@ -216,7 +216,7 @@ def test_a_page_may_have_a_policy_of_its_own(app: Flask) -> None:
     [("1", "https", True), ("1", "http", False), ("0", "https", False)],
     ids=["tls", "plain", "claimed"],
 )
-def test_hsts_is_told_over_tls_only(
+def test_hsts_is_sent_over_tls_only(
     make_app: Callable[..., Flask], proxies: str, proto: str, told: bool
 ) -> None:
     client = make_app(TRUSTED_PROXIES=proxies).test_client()
@@ -242,7 +242,7 @@ def cors_headers(response: TestResponse) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", ["/", "/oauth/token", "/api/agents"])
-def test_no_page_is_let_in_unless_the_setting_says_so(client: FlaskClient, path: str) -> None:
+def test_no_origin_is_allowed_by_default(client: FlaskClient, path: str) -> None:
     response = preflight(client, PAGE, path)
     assert (response.status_code, response.json["error"]) == (405, "method_not_allowed")
     for found in (response, client.get("/health", headers={"Origin": PAGE})):

@@ -77,14 +77,14 @@ def test_the_admin_token_opens_the_management_api(client: FlaskClient, headers: 
     ],
     ids=repr,
 )
-def test_anything_else_is_a_401(client: FlaskClient, headers: dict[str, str]) -> None:
+def test_any_other_credential_is_a_401(client: FlaskClient, headers: dict[str, str]) -> None:
     response = client.post("/api/agents", json={"name": "x"}, headers=headers)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"].startswith("Bearer")
     assert ADMIN_TOKEN not in response.text
 
 
-def test_the_first_start_makes_an_admin_token_that_only_its_owner_reads(tmp_path: Path) -> None:
+def test_only_its_owner_reads_the_admin_token_of_the_first_start(tmp_path: Path) -> None:
     app = create_app(settings_for(tmp_path, ADMIN_TOKEN=""), serving=True)
     kept = tmp_path / "admin_token"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -194,7 +194,9 @@ def test_local_mode_answers_loopback_peers(local: FlaskClient, address: str) -> 
     ],
     ids=repr,
 )
-def test_local_mode_refuses_strangers(local: FlaskClient, request_: dict[str, Any]) -> None:
+def test_local_mode_refuses_other_hosts_origins_and_proxies(
+    local: FlaskClient, request_: dict[str, Any]
+) -> None:
     response = create(local, **request_)
     assert (response.status_code, response.json["error"]) == (403, "forbidden")
 
@@ -220,11 +222,11 @@ def test_local_mode_still_judges_credentials_that_are_sent(local: FlaskClient) -
     assert response.status_code == 401
 
 
-def test_local_mode_opens_nothing_of_an_agents(local: FlaskClient) -> None:
+def test_local_mode_does_not_stand_in_for_an_agents_token(local: FlaskClient) -> None:
     assert local.get("/api/agents/me", base_url="http://localhost:8080").status_code == 401
 
 
-def test_a_request_without_a_token_is_told_the_scheme_and_no_error(client: FlaskClient) -> None:
+def test_a_request_without_a_token_gets_a_challenge_without_error(client: FlaskClient) -> None:
     response = client.get("/api/agents/me")
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == ASK_HERE
@@ -372,7 +374,7 @@ def test_the_list_of_management_routes_is_complete(app: Flask) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), MANAGEMENT)
-def test_management_wants_the_operator(
+def test_management_needs_the_operator(
     client: FlaskClient, agent: dict[str, Any], token: dict[str, Any], method: str, path: str
 ) -> None:
     url = "/api/agents" + path.format(id=agent["agent"]["id"])

@@ -218,7 +218,7 @@ def test_a_backup_is_not_written_over(instance: Path, copy: Path) -> None:
 
 @on_sqlite_only
 @pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "../instance/lanyard.db"])
-def test_the_database_is_no_place_for_its_backup(instance: Path, name: str) -> None:
+def test_a_backup_never_overwrites_the_database(instance: Path, name: str) -> None:
     before = (instance / "lanyard.db").read_bytes()
     result = run(instance, "backup", instance / name, "--force")
     assert result.exit_code == 1
@@ -226,13 +226,13 @@ def test_the_database_is_no_place_for_its_backup(instance: Path, name: str) -> N
     assert (instance / "lanyard.db").read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_to_is_told(instance: Path, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written_is_named(instance: Path, tmp_path: Path) -> None:
     for place in (tmp_path / "nowhere" / "b.db", tmp_path):
         result = run(instance, "backup", place)
         assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
 
 
-def test_a_backup_that_fails_leaves_nothing(
+def test_a_failed_backup_leaves_no_file(
     instance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(done: int, total: int) -> None:
@@ -279,7 +279,7 @@ def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
 
 
 @on_sqlite_only
-def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, copy: Path) -> None:
+def test_a_restore_replaces_a_damaged_database_and_its_wal(instance: Path, copy: Path) -> None:
     for ending in ("", "-wal", "-shm"):
         (instance / f"lanyard.db{ending}").write_bytes(b"rubbish" * 1000)
     assert run(instance, "restore", copy).exit_code == 0
@@ -287,7 +287,7 @@ def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, 
     assert run(instance, "agents", "list").exit_code == 0
 
 
-def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Server], filled: Path) -> None:
+def test_a_restore_is_refused_while_a_server_runs(serve: Callable[..., Server], filled: Path) -> None:
     server = serve().wait()
     before = rows_of(server.instance)
     result = run(server.instance, "restore", filled)
@@ -299,7 +299,7 @@ def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Ser
 
 
 @on_sqlite_only
-def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server], copy: Path) -> None:
+def test_a_killed_server_does_not_prevent_a_restore(serve: Callable[..., Server], copy: Path) -> None:
     server = serve(WORKERS="1").wait()
     server.process.kill()
     server.process.wait()
@@ -311,7 +311,7 @@ def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server]
 
 
 @on_sqlite_only
-def test_another_process_with_the_database_open_is_told(instance: Path, copy: Path) -> None:
+def test_a_restore_is_refused_while_the_database_is_open(instance: Path, copy: Path) -> None:
     with closing(sqlite3.connect(instance / "lanyard.db")) as other:
         other.execute("SELECT * FROM agents").fetchall()
         result = run(instance, "restore", copy)

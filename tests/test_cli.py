@@ -87,14 +87,14 @@ def test_an_agent_with_keys_signs_in_by_them(run: Run, tmp_path: Path) -> None:
     ],
     ids=["no name", "two fields", "scope", "method", "metadata", "repeated metadata", "jwks"],
 )
-def test_bad_fields_are_told_one_by_one(run: Run, options: list[str], told: list[str]) -> None:
+def test_each_bad_field_is_named(run: Run, options: list[str], told: list[str]) -> None:
     result = run("agents", "create", *options)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert all(text in result.stderr for text in told), result.stderr
 
 
-def test_what_is_printed_for_people_holds_no_more_than_data(run: Run) -> None:
+def test_stdout_holds_data_and_stderr_the_advice(run: Run) -> None:
     created = run("agents", "create", "--name", "x")
     assert [line.split()[0] for line in created.stdout.splitlines()] == ["id", "client_id", "client_secret"]
     assert "shown this once" in created.stderr
@@ -111,7 +111,7 @@ def test_an_agent_is_named_by_either_id(run: Run, agent: dict[str, Any], name: s
 
 @pytest.mark.parametrize("name", ["nobody", "cid_" + "x" * 22], ids=["id", "client id"])
 @pytest.mark.parametrize("command", ["show", "rotate", "deactivate", "reactivate", "delete"])
-def test_an_unknown_agent_is_told(run: Run, command: str, name: str) -> None:
+def test_an_unknown_agent_is_an_error(run: Run, command: str, name: str) -> None:
     result = run("agents", command, name)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: No agent has this")
@@ -270,7 +270,7 @@ def test_a_rotated_admin_token_is_dead_at_once_in_every_worker(serve: Callable[.
 
 
 @pytest.mark.parametrize("text", [None, "short", "\udcff" * 20], ids=["gone", "short", "not text"])
-def test_a_broken_admin_token_makes_nobody_the_operator(
+def test_a_broken_admin_token_file_admits_no_operator(
     make_app: Callable[..., Flask], tmp_path: Path, text: str | None
 ) -> None:
     client = make_app(ADMIN_TOKEN="").test_client()

@@ -106,7 +106,7 @@ def test_a_database_locked_for_long_is_a_503(
 
 
 @pytest.mark.sqlite
-def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
+def test_after_a_lock_timeout_others_wait_briefly(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.6)
@@ -124,7 +124,7 @@ def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
     assert waited == [True, False, True, False]
 
 
-def test_who_waits_for_the_lock_is_not_starved_by_those_who_come_after(app: Flask) -> None:
+def test_a_waiter_for_the_lock_is_not_starved_by_newcomers(app: Flask) -> None:
     until = time.monotonic() + 2.5
 
     def write() -> float:
@@ -211,7 +211,7 @@ def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
         kids.put((db.session.scalars(sa.select(SigningKey.kid)).all(), (folder / "admin_token").read_text()))
 
 
-def test_processes_that_start_together_make_one_key_and_one_admin_token(tmp_path: Path) -> None:
+def test_simultaneous_first_starts_make_one_key_and_one_token(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("spawn")
     settings_for(tmp_path)
     barrier, kids = processes.Barrier(4), processes.Queue()

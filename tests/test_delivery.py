@@ -51,7 +51,9 @@ def subscribe(server: Server, url: str, *events: str) -> str:
     return str(response.json()["secret"])
 
 
-def test_a_receiver_is_told_and_can_verify_it(serve: Serve, receive: Callable[..., Receiver]) -> None:
+def test_a_delivery_arrives_and_its_signature_verifies(
+    serve: Serve, receive: Callable[..., Receiver]
+) -> None:
     server, receiver = serve(LOCAL="1").wait(), receive()
     secret = subscribe(server, receiver.url, "agent.created")
     agent = register(server, name="night-reporter")
@@ -71,7 +73,7 @@ def kill_everything(server: Server) -> None:
     server.process.wait(10)
 
 
-def test_what_was_acknowledged_arrives_though_the_server_is_killed_in_a_burst(
+def test_acknowledged_events_arrive_though_the_server_is_killed(
     serve: Serve, receive: Callable[..., Receiver]
 ) -> None:
     chance = random.Random(7)
@@ -147,7 +149,7 @@ def test_another_worker_takes_over_when_the_deliverers_dies(
     receiver.wait_for(lambda: len(receiver.ids()) == 4)
 
 
-def test_a_dead_host_delays_nobody_elses_deliveries(serve: Serve, receive: Callable[..., Receiver]) -> None:
+def test_a_dead_host_does_not_delay_other_deliveries(serve: Serve, receive: Callable[..., Receiver]) -> None:
     server, receiver = serve(LOCAL="1").wait(), receive()
     with socket.create_server(("127.0.0.1", 0)) as never_answers:
         subscribe(server, f"http://localhost:{never_answers.getsockname()[1]}/", "token.issued")
@@ -209,7 +211,7 @@ def test_one_delivery_at_a_time_waits_for_the_write_lock(app: Flask, monkeypatch
     assert seen == [1] * 8
 
 
-def test_a_parcel_is_signed_as_standard_webhooks_says(app: Flask, client: FlaskClient) -> None:
+def test_a_delivery_is_signed_as_standard_webhooks_says(app: Flask, client: FlaskClient) -> None:
     hook = create(client, events=["agent.created"])
     agent = Operator(app).create(name="night-reporter")
     (parcel,) = parcels(app)
@@ -255,7 +257,7 @@ def test_a_2xx_is_success(app: Flask, client: FlaskClient) -> None:
     assert settle(app, 200) == 0
 
 
-def test_whatever_a_receiver_says_is_written_down(app: Flask, client: FlaskClient) -> None:
+def test_any_response_of_a_receiver_can_be_stored(app: Flask, client: FlaskClient) -> None:
     hook = create(client, events=["agent.created"])
     Operator(app).create()
     assert settle(app, 500, body="a\0b", error="BadStatusLine: \0") == 1
@@ -311,7 +313,7 @@ def test_a_receiver_may_say_when_to_come_back(
     assert len(parcels(app)) == 1
 
 
-def test_a_410_switches_the_webhook_off_and_tells(app: Flask, client: FlaskClient) -> None:
+def test_a_410_disables_the_webhook_and_is_an_event(app: Flask, client: FlaskClient) -> None:
     hook = create(client, events=["agent.created"])
     Operator(app).create()
     settle(app, 410)
@@ -322,7 +324,7 @@ def test_a_410_switches_the_webhook_off_and_tells(app: Flask, client: FlaskClien
     assert told[0]["data"]["disabled_reason"] == "The receiver answered 410 Gone."
 
 
-def test_a_410_from_an_address_it_has_left_switches_nothing_off(app: Flask, client: FlaskClient) -> None:
+def test_a_410_from_a_former_url_does_not_disable_the_webhook(app: Flask, client: FlaskClient) -> None:
     hook = create(client, events=["agent.created"])
     Operator(app).create()
     (parcel,) = parcels(app)
@@ -365,7 +367,7 @@ def test_many_dead_hosts_leave_room_for_a_healthy_one(app: Flask, client: FlaskC
     assert len(due) == delivery.IN_FLIGHT_EACH + delivery.IN_FLIGHT_FAILING
 
 
-def test_five_days_of_nothing_but_failures_switch_it_off(
+def test_five_days_of_failures_disable_the_webhook(
     app: Flask, client: FlaskClient, time_machine: Clock
 ) -> None:
     hook = create(client, events=["agent.created"], max_retries=0)
@@ -387,7 +389,7 @@ def test_five_days_of_nothing_but_failures_switch_it_off(
     assert fail_on(1), "switched on again, it has a clean slate"
 
 
-def test_one_webhook_never_takes_all_the_places(app: Flask, client: FlaskClient) -> None:
+def test_one_webhook_never_takes_all_slots(app: Flask, client: FlaskClient) -> None:
     create(client, events=["agent.created"], name="busy")
     for _ in range(20):
         Operator(app).create()
@@ -398,7 +400,7 @@ def test_one_webhook_never_takes_all_the_places(app: Flask, client: FlaskClient)
     assert sum(parcel.url != URL for parcel in due) == 1
 
 
-def test_a_webhook_that_fails_has_one_place_until_it_takes_something(app: Flask, client: FlaskClient) -> None:
+def test_a_failing_webhook_has_one_slot_until_a_success(app: Flask, client: FlaskClient) -> None:
     create(client, events=["agent.created"])
     for _ in range(20):
         Operator(app).create()

@@ -119,7 +119,7 @@ def test_the_unit_is_fenced_in(unit: Path) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
 
 
-def test_the_container_copies_what_is_there_and_is_not_root() -> None:
+def test_the_container_copies_existing_files_and_is_not_root() -> None:
     lines = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     known = {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK"}
@@ -198,7 +198,7 @@ def test_a_token_and_me_through_nginx(proxy: Proxy) -> None:
 
 
 @through_nginx
-def test_events_have_the_true_address_whatever_the_client_says(proxy: Proxy) -> None:
+def test_an_event_has_the_true_address_despite_forged_headers(proxy: Proxy) -> None:
     lies = {"X-Forwarded-For": "203.0.113.7", "X-Real-IP": "203.0.113.7", "Forwarded": "for=203.0.113.7"}
     agent = proxy.agent()
     answer = proxy.ask("POST", "/oauth/token", json=agent, headers={**lies, "X-Request-Id": "mine-1"})
@@ -234,7 +234,7 @@ def test_a_body_as_large_as_may_be_passes(proxy: Proxy) -> None:
 
 @through_nginx
 @pytest.mark.parametrize("path", ["/metrics", "/%6detrics", "/x/../metrics", "//metrics", "/metrics?a=b"])
-def test_metrics_are_not_to_be_had_through_nginx(proxy: Proxy, path: str) -> None:
+def test_nginx_does_not_expose_metrics(proxy: Proxy, path: str) -> None:
     with requests.Session() as session:
         asked = requests.Request("GET", proxy.url, headers={"Authorization": f"Bearer {proxy.token}"})
         prepared = asked.prepare()
@@ -259,7 +259,7 @@ def test_one_connection_to_lanyard_serves_many_requests(proxy: Proxy) -> None:
 
 
 @through_nginx
-def test_nginx_says_in_the_one_shape_that_lanyard_is_gone(tmp_path: Path) -> None:
+def test_nginx_answers_503_in_the_one_shape_without_lanyard(tmp_path: Path) -> None:
     port = free_port()
     with nginx(tmp_path, port, free_port()):
         certificate = str(tmp_path / "certificate.pem")

@@ -86,7 +86,7 @@ def test_a_key_is_published_then_signs_then_retires_and_is_gone(
     assert [key["kid"] for key in published(client)] == [new]
 
 
-def test_a_verifier_that_kept_the_key_set_for_its_max_age_never_meets_an_unknown_key(
+def test_a_verifier_that_caches_the_jwks_never_meets_an_unknown_key(
     client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
     agent = operator.create()
@@ -130,7 +130,7 @@ def test_a_leaked_key_is_gone_at_once_with_all_it_signed(
     assert client.get("/api/agents/me", headers=bearer(fresh)).status_code == 200
 
 
-def test_a_leaked_key_is_dead_and_unused_in_a_worker_that_has_not_heard_of_it(
+def test_a_leaked_key_is_dead_in_a_worker_with_an_old_key_set(
     make_app: Callable[..., Flask],
 ) -> None:
     here, there = make_app(), make_app()
@@ -143,7 +143,7 @@ def test_a_leaked_key_is_dead_and_unused_in_a_worker_that_has_not_heard_of_it(
     assert there.test_client().get("/api/agents/me", headers=bearer(fresh)).status_code == 200
 
 
-def test_a_token_of_a_new_key_is_good_in_a_worker_that_has_not_heard_of_it(
+def test_a_new_keys_token_is_good_in_a_worker_with_an_old_key_set(
     make_app: Callable[..., Flask],
 ) -> None:
     here, there = make_app(), make_app()
@@ -169,7 +169,7 @@ def test_a_change_of_algorithm_is_a_rotation(make_app: Callable[..., Flask], tim
     assert len(published(make_app(SIGNING_ALG="EdDSA").test_client())) == 2, "a restart makes no other"
 
 
-def test_a_command_without_the_servers_environment_changes_no_algorithm(
+def test_a_command_does_not_change_the_signing_algorithm(
     make_app: Callable[..., Flask], tmp_path: Path
 ) -> None:
     server = make_app(SIGNING_ALG="ES256", INSTANCE=str(tmp_path / "new"))
@@ -186,7 +186,7 @@ def test_a_command_makes_no_database(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_clock_that_is_set_back_stops_nothing(
+def test_a_clock_set_back_does_not_stop_signing(
     client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
     agent = operator.create()
@@ -199,7 +199,7 @@ def test_a_clock_that_is_set_back_stops_nothing(
     assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
 
 
-def test_a_worker_that_has_not_heard_of_a_key_publishes_it_all_the_same(
+def test_a_worker_with_an_old_key_set_publishes_new_keys(
     make_app: Callable[..., Flask],
 ) -> None:
     here, there = make_app().test_client(), make_app().test_client()

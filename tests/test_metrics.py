@@ -308,7 +308,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 @needs_promtool
-def test_promtool_finds_nothing_to_better(client: FlaskClient, agent: dict[str, Any]) -> None:
+def test_promtool_accepts_the_metrics(client: FlaskClient, agent: dict[str, Any]) -> None:
     ask_token(client, agent)
     check_with_promtool(client.get("/metrics", headers=OPERATOR).text)
 
@@ -396,7 +396,7 @@ def test_a_reload_loses_no_count(running: Server) -> None:
 
 
 @needs_promtool
-def test_promtool_finds_nothing_to_better_with_workers(running: Server) -> None:
+def test_promtool_accepts_the_metrics_of_several_workers(running: Server) -> None:
     ask_many(running, requests.post(f"{running.url}/api/agents", json={"name": "x"}).json(), 10)
     check_with_promtool(requests.get(f"{running.url}/metrics").text)
 

@@ -18,7 +18,7 @@ from config import SettingError
 from models import decrypt
 
 
-def test_with_a_secret_key_nothing_that_signs_is_in_the_file_in_clear(
+def test_with_a_secret_key_no_key_or_secret_is_stored_in_clear(
     make_app: Callable[..., Flask], tmp_path: Path
 ) -> None:
     key = Fernet.generate_key().decode()
@@ -32,7 +32,9 @@ def test_with_a_secret_key_nothing_that_signs_is_in_the_file_in_clear(
         assert decrypt(parcels(app)[0].secrets[0], (key,)) == secret
 
 
-def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_without_a_secret_key_they_are_stored_in_clear(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
     app = make_app(WEBHOOK_ALLOW_PRIVATE="1", INSTANCE=str(tmp_path / "open"))
     secret = create(app.test_client())["secret"]
     files = contents(tmp_path / "open")
@@ -40,7 +42,7 @@ def test_without_a_secret_key_they_are(make_app: Callable[..., Flask], tmp_path:
     assert b"qi" in files
 
 
-def test_keys_are_changed_by_putting_a_new_one_first(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_the_first_of_several_secret_keys_encrypts(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     old, new = (Fernet.generate_key().decode() for _ in range(2))
     place = {"WEBHOOK_ALLOW_PRIVATE": "1", "INSTANCE": str(tmp_path / "sealed")}
     app = make_app(**place)
@@ -64,7 +66,7 @@ def stored_secrets(folder: Path) -> list[str]:
         return list(connection.scalars(sa.text(found)))
 
 
-def test_a_command_seals_nothing(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_a_command_does_not_encrypt_stored_secrets(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     app = make_app(WEBHOOK_ALLOW_PRIVATE="1")
     create(app.test_client())
     close(app)
@@ -73,7 +75,7 @@ def test_a_command_seals_nothing(make_app: Callable[..., Flask], tmp_path: Path)
     assert stored_secrets(tmp_path / "instance") == before
 
 
-def test_nothing_is_sealed_while_another_server_runs_which_may_lack_the_key(
+def test_stored_secrets_are_not_encrypted_while_another_server_runs(
     make_app: Callable[..., Flask], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = make_app(WEBHOOK_ALLOW_PRIVATE="1")
@@ -88,7 +90,7 @@ def test_nothing_is_sealed_while_another_server_runs_which_may_lack_the_key(
     assert "nothing starts without it" in caplog.text
 
 
-def test_a_server_that_lacks_the_key_of_the_signing_key_is_not_ready(
+def test_a_server_without_the_secret_key_is_not_ready(
     make_app: Callable[..., Flask], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app()
@@ -102,7 +104,7 @@ def test_a_server_that_lacks_the_key_of_the_signing_key_is_not_ready(
 
 
 @pytest.mark.parametrize("key", ["short", "x" * 44, "é" * 44])
-def test_a_secret_key_that_is_none_stops_the_start(make_app: Callable[..., Flask], key: str) -> None:
+def test_a_malformed_secret_key_stops_the_start(make_app: Callable[..., Flask], key: str) -> None:
     with pytest.raises(SettingError, match="LANYARD_SECRET_KEY must be") as caught:
         make_app(SECRET_KEY=key)
     assert key not in str(caught.value)

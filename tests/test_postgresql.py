@@ -65,7 +65,7 @@ def calm() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", ["", "/deliveries", "/deliveries/%00"])
-def test_what_postgresql_cannot_keep_names_nothing(app: Flask, path: str) -> None:
+def test_an_id_that_postgresql_cannot_store_is_not_found(app: Flask, path: str) -> None:
     answer = app.test_client().get(f"/api/webhooks/%00{path}", headers=OPERATOR)
     assert answer.status_code == 404, answer.text
 
@@ -214,7 +214,7 @@ def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operato
     assert not waiting.is_alive()
 
 
-def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
+def test_an_event_committed_out_of_order_is_followed_too(
     app: Flask, operator: Operator, tmp_path: Path
 ) -> None:
     command = [HERE / "lanyard", "events", "tail", "-n", "1"]
@@ -246,7 +246,7 @@ def test_following_events_outlives_a_restart_of_postgresql(operator: Operator, t
         assert "Traceback" not in process.stderr.read()
 
 
-def test_after_a_lock_was_not_had_the_thread_goes_on(
+def test_a_thread_goes_on_after_a_lock_timeout(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 200)
@@ -269,7 +269,7 @@ def test_after_a_lock_was_not_had_the_thread_goes_on(
         assert running.result(5) == [503, 200]
 
 
-def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
+def test_after_a_lock_timeout_others_wait_briefly(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 2000)
@@ -287,7 +287,7 @@ def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_a_client_that_stops_in_the_middle_of_writing_loses_the_lock(
+def test_a_client_that_stalls_in_a_write_loses_the_lock(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, exclusive: bool
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "idle_in_transaction_session_timeout", 300)
@@ -335,7 +335,7 @@ def test_a_connection_that_ends_when_all_is_read_spoils_no_answer(
     assert not caplog.messages
 
 
-def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
+def test_requests_are_503_while_postgresql_is_down_and_good_after(
     app: Flask,
     operator: Operator,
     tmp_path: Path,
@@ -364,9 +364,7 @@ def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
     assert "ignored" not in capfd.readouterr().err
 
 
-def test_the_doctor_says_what_must_be_alike_on_all_hosts_and_where_servers_run(
-    app: Flask, tmp_path: Path
-) -> None:
+def test_the_doctor_names_shared_settings_and_running_hosts(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         db.session.execute(sa.text("SELECT 1"))
     findings = list(doctor.examine(settings_for(tmp_path / "instance", ADMIN_TOKEN="")))
@@ -446,7 +444,7 @@ def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machi
         assert (row.clear_at - time_machine.now()).total_seconds() == 40 * credentials.SECRET.seconds
 
 
-def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed(
+def test_transactions_are_read_committed_whatever_the_default(
     make_app: Callable[..., Flask], tmp_path: Path
 ) -> None:
     make_app()
@@ -469,7 +467,7 @@ def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed
     ],
     ids=["database", "user", "server"],
 )
-def test_a_database_that_cannot_be_had_is_one_sentence_without_the_password(
+def test_an_unreachable_database_is_one_sentence_without_password(
     tmp_path: Path, change: Callable[[str], str], told: str
 ) -> None:
     url = change(on_postgresql.url_of(tmp_path)).replace("@/", ":hunter2@/")

@@ -401,5 +401,5 @@ class Life(World):
             cleanup.sweep()
 
 
-def test_whatever_happens_two_workers_agree_with_the_model(first_start: Path) -> None:
+def test_two_workers_agree_with_the_model(first_start: Path) -> None:
     run_state_machine_as_test(lambda: Life(first_start))

@@ -266,7 +266,7 @@ PAIRS = list(itertools.combinations_with_replacement(OPERATIONS, 2))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[" and ".join(pair) for pair in PAIRS])
-def test_two_at_once_are_as_one_after_the_other(
+def test_two_concurrent_changes_end_like_one_after_the_other(
     server: Server, pool: ThreadPoolExecutor, first: str, second: str
 ) -> None:
     for delay in DELAYS:

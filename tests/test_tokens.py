@@ -153,7 +153,7 @@ def test_several_resources_become_several_audiences(
 
 
 @pytest.mark.parametrize("resource", ["http://localhost:8080", "my-api"])
-def test_the_servers_own_audience_may_be_named_by_itself_or_by_the_issuer(
+def test_the_servers_own_audience_may_be_named_as_the_issuer(
     make_app: Callable[..., Flask], resource: str
 ) -> None:
     app = make_app(AUDIENCE="my-api")

@@ -58,7 +58,7 @@ def test_a_bad_field_is_named(client: FlaskClient, fields: dict[str, Any], named
     assert (response.status_code, list(response.json["fields"])) == (400, [named])
 
 
-def test_what_may_be_subscribed_to_is_listed(client: FlaskClient) -> None:
+def test_event_types_and_groups_are_listed(client: FlaskClient) -> None:
     listed = client.get("/api/webhook-events", headers=OPERATOR).json
     assert listed == {"events": list(events.TYPES), "groups": list(events.GROUPS)}
 
@@ -95,7 +95,7 @@ def test_a_deleted_webhook_is_gone_with_its_deliveries(app: Flask, client: Flask
         ("POST", "/x/deliveries/1/redeliver"),
     ],
 )
-def test_an_unknown_webhook_is_not_found_and_only_for_the_operator(
+def test_an_unknown_webhook_is_404_for_the_operator_only(
     client: FlaskClient, token: dict[str, Any], method: str, path: str
 ) -> None:
     assert call(client, method, path, json=None if method == "GET" else {}).status_code == 404
@@ -113,7 +113,7 @@ def test_an_unknown_webhook_is_not_found_and_only_for_the_operator(
         (["key.rotated"], []),
     ],
 )
-def test_a_webhook_is_told_what_it_subscribed_to(
+def test_a_webhook_gets_the_events_it_subscribed_to(
     app: Flask, client: FlaskClient, subscribed: list[str], told: list[str]
 ) -> None:
     hook = create(client, events=subscribed)
@@ -124,7 +124,7 @@ def test_a_webhook_is_told_what_it_subscribed_to(
     assert [delivery["type"] for delivery in deliveries(client, hook)[::-1]] == told
 
 
-def test_a_webhook_that_is_off_is_told_nothing(app: Flask, client: FlaskClient) -> None:
+def test_a_webhook_that_is_off_gets_no_events(app: Flask, client: FlaskClient) -> None:
     hook = create(client)
     call(client, "PATCH", f"/{hook['webhook']['id']}", json={"is_active": False})
     Operator(app).create()
@@ -132,7 +132,9 @@ def test_a_webhook_that_is_off_is_told_nothing(app: Flask, client: FlaskClient) 
 
 
 @pytest.mark.parametrize("path", ["/test", "/deliveries/1/redeliver"])
-def test_a_webhook_that_is_off_sends_nothing_on_request(app: Flask, client: FlaskClient, path: str) -> None:
+def test_a_webhook_that_is_off_refuses_test_and_redelivery(
+    app: Flask, client: FlaskClient, path: str
+) -> None:
     hook = create(client, events=["agent.created"])
     Operator(app).create()
     call(client, "PATCH", f"/{hook['webhook']['id']}", json={"is_active": False})
@@ -185,7 +187,7 @@ def test_deliveries_are_listed_page_by_page(app: Flask, client: FlaskClient) -> 
     assert [len(page["deliveries"]), len(rest["deliveries"]), rest["next"]] == [2, 1, None]
 
 
-def test_an_event_and_its_deliveries_are_written_together_or_not_at_all(
+def test_an_event_is_stored_with_its_deliveries_or_not_at_all(
     app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create(client)
