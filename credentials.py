@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import cached_property
 from string import ascii_letters, digits
 from typing import Any, NamedTuple, NoReturn
 
@@ -141,12 +142,6 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(digest(one), digest(other))
 
 
-def _native_thread() -> Executor:
-    """Return an executor of one native thread, also where gevent makes greenlets of Python's threads."""
-    is_patched = monkey.is_module_patched("threading")
-    return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
-
-
 def _at_low_priority(work: Callable[..., Any], *arguments: bytes) -> Any:
     """Run bcrypt so that the kernel prefers all other threads: most requests need no bcrypt."""
     with suppress(OSError):  # only Linux has priorities for threads
@@ -178,10 +173,17 @@ class SecretChecker:
         self._verified: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
-        # One hash at a time: bcrypt takes tens of milliseconds of a core.
-        self._thread = _native_thread()
         # A hash nothing matches, checked for unknown clients so that they cost what known ones do.
         self._decoy = bcrypt.gensalt(cost) + b"." * 31
+
+    @cached_property
+    def _thread(self) -> Executor:
+        """One native thread for all hashes, each of which takes tens of milliseconds of a core.
+
+        Not made before a worker is forked: gevent's pools drop what is queued when they notice the fork.
+        """
+        is_patched = monkey.is_module_patched("threading")
+        return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
 
     def make(self) -> NewSecret:
         """A client secret: `cs_`, an 8-character hint, 256 random bits and a checksum; 60 bytes."""
