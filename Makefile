@@ -19,7 +19,7 @@ test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
 
 test-long: .venv/installed-dev ## run the tests that generate examples, with many more of them
-	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py
+	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py tests/test_openapi.py
 
 test-postgresql: .venv/installed-dev tests/node/node_modules ## run them on a PostgreSQL that is started for them
 	@$(BIN)/python tests/support/postgresql.py

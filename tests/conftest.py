@@ -37,7 +37,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 _EXAMPLES["suppress_health_check"] = [HealthCheck.too_slow, HealthCheck.data_too_large]
 hypothesis_settings.register_profile(
-    "short", max_examples=16, stateful_step_count=25, derandomize=True, **_EXAMPLES
+    "short", max_examples=8, stateful_step_count=25, derandomize=True, **_EXAMPLES
 )
 hypothesis_settings.register_profile("long", max_examples=1000, stateful_step_count=50, **_EXAMPLES)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))

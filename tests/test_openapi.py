@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import secrets
 import tomllib
@@ -290,10 +291,12 @@ def before_call(context: Any, case: Case, kwargs: dict[str, Any]) -> None:
         case.body[name] = int(value) if isinstance(value, float) else value and good.get(name, value)
 
 
-@pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"ADMIN_TOKEN": ADMIN_TOKEN, "WEBHOOK_ALLOW_PRIVATE": "1", "TRUSTED_PROXIES": "1"}
-    return serve(WORKERS="1", **settings).wait()
+    started = Server(tmp_path_factory.mktemp("server"), WORKERS="1", **settings)
+    yield started.wait()
+    started.stop()
 
 
 def failures(server: Server, header: Callable[[], dict[str, str]], **others: list[str]) -> list[str]:
@@ -312,6 +315,9 @@ def failures(server: Server, header: Callable[[], dict[str, str]], **others: lis
     config = tomllib.loads(CONFIG.read_text())
     config["operations"].append({**others, "enabled": False})
     config["base-url"] = server.url
+    if os.environ.get("HYPOTHESIS_PROFILE") != "long":
+        config["generation"]["max-examples"] = 1
+        config["phases"]["stateful"]["generation"]["max-examples"] = 3
     schema = schemathesis.openapi.from_url(
         f"{server.url}/openapi.json", config=schemathesis.Config.from_dict(config)
     )
