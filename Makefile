@@ -19,10 +19,10 @@ test: .venv/installed-dev tests/node/node_modules ## run the tests
 	@$(BIN)/pytest
 
 test-long: .venv/installed-dev ## run the tests that generate examples, with many more examples
-	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py
+	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py tests/test_openapi.py
 
 test-postgresql: .venv/installed-dev tests/node/node_modules ## run the tests on a PostgreSQL started for them
-	@$(BIN)/python tests/on_postgresql.py
+	@$(BIN)/python tests/support/postgresql.py
 
 coverage: .venv/installed-dev tests/node/node_modules ## run the tests and show the lines that none reaches
 	@$(BIN)/pytest --cov --cov-report=term-missing:skip-covered

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from string import ascii_letters, digits
 from typing import Any, NamedTuple
 
@@ -182,11 +183,14 @@ def _matches(secret: str, stored: bytes | None) -> bool:
     return matches and stored is not None
 
 
-# One hash at a time, since bcrypt takes tens of milliseconds of a core; in a native thread, also where
-# gevent makes greenlets of Python's threads.
-_is_patched = monkey.is_module_patched("threading")
-_thread: Executor = threadpool.ThreadPoolExecutor(1) if _is_patched else ThreadPoolExecutor(1, "bcrypt")
-_turn = threading.Lock()
+_turn = threading.Lock()  # one hash at a time: bcrypt takes tens of milliseconds of a core
+
+
+@cache  # not made before a worker is forked: gevent's pools drop what is queued when they notice the fork
+def _thread() -> Executor:
+    """Return one native thread, also where gevent makes greenlets of Python's threads."""
+    is_patched = monkey.is_module_patched("threading")
+    return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
 
 
 def _run(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
@@ -197,7 +201,7 @@ def _run(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         return work(*arguments)
 
-    return _thread.submit(run).result()
+    return _thread().submit(run).result()
 
 
 def _checksum(body: str) -> str:

@@ -12,6 +12,8 @@ import os
 import resource
 import socket
 import sys
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -105,6 +107,8 @@ def when_ready(server: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Start the worker's webhook delivery; one worker delivers at a time, the others stand by."""
     worker.in_progress = 0
+    # Duplicates outlive the listeners that gunicorn closes, and with them the queue of new connections.
+    worker.listeners = [listener.dup() for listener in worker.sockets]
     gevent.spawn(_exit_when_idle, worker)
     if "LANYARD" not in worker.app.wsgi().config:
         return  # the benchmark's empty app
@@ -142,9 +146,24 @@ def _exit_when_idle(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Let the deliveries in flight finish."""
+    """Answer the connections that nobody has accepted, and let the deliveries in flight finish."""
+    for listener in getattr(worker, "listeners", ()):
+        _answer_queue(worker, listener)
     if hasattr(worker, "deliverer"):
         worker.deliverer.stop()
+
+
+def _answer_queue(worker: Any, listener: socket.socket) -> None:
+    """Close the listener without having the kernel reset the connections in its queue."""
+    listener.settimeout(0)
+    name = listener.getsockname()
+    clients = []
+    with suppress(OSError):  # the queue is empty
+        while True:
+            clients.append(listener.accept())
+    listener.close()
+    closed = SimpleNamespace(getsockname=lambda: name)  # all that gunicorn asks of it
+    gevent.joinall([gevent.spawn(worker.handle, closed, *client) for client in clients], timeout=1)
 
 
 def _local_lines(url: str) -> list[str]:

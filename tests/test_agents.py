@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import Clock, Operator, ask_refresh, ask_token, bearer
 from flask.testing import FlaskClient
+from support.callers import Operator, ask_refresh, ask_token, bearer
+from support.clock import Clock
 
 AGENT_FIELDS = {
     "id", "name", "description", "owner", "client_id", "scopes", "audiences", "metadata", "is_active",
@@ -294,7 +295,7 @@ def test_rotation_stops_the_old_secret_and_leaves_tokens_alone(
     assert ask_refresh(client, token["refresh_token"]).status_code == 200
 
 
-def test_rotation_with_a_grace_period_lets_the_old_secret_work_that_long(
+def test_the_old_secret_works_for_the_grace_period(
     operator: Operator, client: FlaskClient, time_machine: Clock
 ) -> None:
     agent = operator.create()

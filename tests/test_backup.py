@@ -13,31 +13,19 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
-from conftest import (
-    OPERATOR,
-    Operator,
-    Server,
-    ask_refresh,
-    ask_token,
-    bearer,
-    close,
-    copy_instance,
-    database_variables,
-    engine_of,
-    settings_for,
-)
 from cryptography.fernet import Fernet
 from flask import Flask
 from standardwebhooks import Webhook as Verifier
-from test_cli import lanyard
-from test_deliverer import Receiver
-from test_migrations import GOOD, next_release  # noqa: F401 - a fixture
-from test_serving import register, token_body
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer
+from support.instances import close, copy_instance, database_variables, engine_of, settings_for
+from support.receiver import Receiver
+from support.revisions import GOOD
+from support.servers import Server, lanyard, register, token_body
 from werkzeug.test import TestResponse
 
 import database
@@ -230,7 +218,7 @@ def test_a_backup_is_not_written_over(instance: Path, copy: Path) -> None:
 
 @on_sqlite_only
 @pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "../instance/lanyard.db"])
-def test_the_database_is_no_place_for_its_backup(instance: Path, name: str) -> None:
+def test_a_backup_never_overwrites_the_database(instance: Path, name: str) -> None:
     before = (instance / "lanyard.db").read_bytes()
     result = run(instance, "backup", instance / name, "--force")
     assert result.exit_code == 1
@@ -238,13 +226,13 @@ def test_the_database_is_no_place_for_its_backup(instance: Path, name: str) -> N
     assert (instance / "lanyard.db").read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_to_is_told(instance: Path, tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written_is_named(instance: Path, tmp_path: Path) -> None:
     for place in (tmp_path / "nowhere" / "b.db", tmp_path):
         result = run(instance, "backup", place)
         assert (result.exit_code, result.stderr[:7]) == (1, "Error: ")
 
 
-def test_a_backup_that_fails_leaves_nothing(
+def test_a_failed_backup_leaves_no_file(
     instance: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(done: int, total: int) -> None:
@@ -291,7 +279,7 @@ def test_what_a_restore_replaces_is_kept(instance: Path, copy: Path) -> None:
 
 
 @on_sqlite_only
-def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, copy: Path) -> None:
+def test_a_restore_replaces_a_damaged_database_and_its_wal(instance: Path, copy: Path) -> None:
     for ending in ("", "-wal", "-shm"):
         (instance / f"lanyard.db{ending}").write_bytes(b"rubbish" * 1000)
     assert run(instance, "restore", copy).exit_code == 0
@@ -299,7 +287,7 @@ def test_a_damaged_database_is_replaced_with_what_belongs_to_it(instance: Path, 
     assert run(instance, "agents", "list").exit_code == 0
 
 
-def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Server], filled: Path) -> None:
+def test_a_restore_is_refused_while_a_server_runs(serve: Callable[..., Server], filled: Path) -> None:
     server = serve().wait()
     before = rows_of(server.instance)
     result = run(server.instance, "restore", filled)
@@ -311,7 +299,7 @@ def test_a_running_server_is_not_robbed_of_its_database(serve: Callable[..., Ser
 
 
 @on_sqlite_only
-def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server], copy: Path) -> None:
+def test_a_killed_server_does_not_prevent_a_restore(serve: Callable[..., Server], copy: Path) -> None:
     server = serve(WORKERS="1").wait()
     server.process.kill()
     server.process.wait()
@@ -323,7 +311,7 @@ def test_a_server_that_was_killed_is_in_nobodys_way(serve: Callable[..., Server]
 
 
 @on_sqlite_only
-def test_another_process_with_the_database_open_is_told(instance: Path, copy: Path) -> None:
+def test_a_restore_is_refused_while_the_database_is_open(instance: Path, copy: Path) -> None:
     with closing(sqlite3.connect(instance / "lanyard.db")) as other:
         other.execute("SELECT * FROM agents").fetchall()
         result = run(instance, "restore", copy)
@@ -553,7 +541,7 @@ def test_secrets_in_clear_are_encrypted_by_the_next_start(sample: Path, there: P
 def test_an_older_backup_is_upgraded(
     filled: Path,
     there: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
 ) -> None:
     next_release(GOOD)
     before = filled.read_bytes()
@@ -568,7 +556,7 @@ def test_an_older_backup_is_upgraded(
 def test_a_database_of_an_older_schema(
     instance: Path,
     tmp_path: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
 ) -> None:
     next_release(GOOD)
     result = run(instance, "backup", tmp_path / "older.db")
@@ -584,7 +572,7 @@ def test_a_database_of_an_older_schema(
 def test_an_older_backup_that_cannot_be_upgraded_is_refused(
     filled: Path,
     instance: Path,
-    next_release: Callable[[str], Path],  # noqa: F811
+    next_release: Callable[[str], Path],
     upgrading: str,
 ) -> None:
     before = rows_of(instance)

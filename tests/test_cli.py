@@ -15,20 +15,12 @@ from typing import Any
 import pytest
 import requests
 from click.testing import Result
-from conftest import (
-    OPERATOR,
-    Clock,
-    Operator,
-    Server,
-    ask_refresh,
-    ask_token,
-    bearer,
-    copy_instance,
-    environment_of,
-    run_command,
-)
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
+from support.clock import Clock
+from support.instances import copy_instance, environment_of
+from support.servers import Server, lanyard
 
 from commands import output
 from config import HERE
@@ -49,11 +41,6 @@ def environment(tmp_path: Path, first_start: Path) -> dict[str, str]:
     folder = tmp_path / "instance"
     copy_instance(first_start, folder)
     return environment_of(folder)
-
-
-def lanyard(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The real command."""
-    return subprocess.run([HERE / "lanyard", *arguments], capture_output=True, text=True, **options)
 
 
 def loaded(result: Result) -> Any:
@@ -100,14 +87,14 @@ def test_an_agent_with_keys_signs_in_by_them(run: Run, tmp_path: Path) -> None:
     ],
     ids=["no name", "two fields", "scope", "method", "metadata", "repeated metadata", "jwks"],
 )
-def test_bad_fields_are_told_one_by_one(run: Run, options: list[str], told: list[str]) -> None:
+def test_each_bad_field_is_named(run: Run, options: list[str], told: list[str]) -> None:
     result = run("agents", "create", *options)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert all(text in result.stderr for text in told), result.stderr
 
 
-def test_what_is_printed_for_people_holds_no_more_than_data(run: Run) -> None:
+def test_stdout_holds_data_and_stderr_the_advice(run: Run) -> None:
     created = run("agents", "create", "--name", "x")
     assert [line.split()[0] for line in created.stdout.splitlines()] == ["id", "client_id", "client_secret"]
     assert "shown this once" in created.stderr
@@ -124,7 +111,7 @@ def test_an_agent_is_named_by_either_id(run: Run, agent: dict[str, Any], name: s
 
 @pytest.mark.parametrize("name", ["nobody", "cid_" + "x" * 22], ids=["id", "client id"])
 @pytest.mark.parametrize("command", ["show", "rotate", "deactivate", "reactivate", "delete"])
-def test_an_unknown_agent_is_told(run: Run, command: str, name: str) -> None:
+def test_an_unknown_agent_is_an_error(run: Run, command: str, name: str) -> None:
     result = run("agents", command, name)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: No agent has this")
@@ -283,7 +270,7 @@ def test_a_rotated_admin_token_is_dead_at_once_in_every_worker(serve: Callable[.
 
 
 @pytest.mark.parametrize("text", [None, "short", "\udcff" * 20], ids=["gone", "short", "not text"])
-def test_a_broken_admin_token_makes_nobody_the_operator(
+def test_a_broken_admin_token_file_admits_no_operator(
     make_app: Callable[..., Flask], tmp_path: Path, text: str | None
 ) -> None:
     client = make_app(ADMIN_TOKEN="").test_client()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from support.servers import Server
 
 TOKEN = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CHUNKED = TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -29,7 +29,7 @@ FORM = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: applicat
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("connections"), WORKERS="2", BCRYPT_COST="4", LOCAL="1")
+    running = Server(tmp_path_factory.mktemp("connections"), WORKERS="2", LOCAL="1")
     yield running.wait()
     assert "Traceback" not in running.stop()
 
@@ -106,7 +106,7 @@ def test_a_token_request_cut_short_gives_no_token(server: Server) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
-def test_a_request_whose_body_means_nothing_waits_for_it_too(server: Server, method: str) -> None:
+def test_a_route_that_ignores_its_body_waits_for_it_too(server: Server, method: str) -> None:
     agent = register(server)
     path = f"/api/agents/{agent['agent']['id']}" + ("/deactivate" if method == "POST" else "")
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -272,7 +272,7 @@ def test_many_requests_sent_at_once_are_answered_one_by_one_and_all(server: Serv
         assert read_all(connection).count(b"HTTP/1.1 200 OK") == 1000
 
 
-def test_a_client_that_asks_for_a_go_ahead_gets_one(server: Server) -> None:
+def test_a_client_that_expects_100_continue_gets_it(server: Server) -> None:
     body = b'{"grant_type": "client_credentials"}'
     head = TOKEN + b"Connection: close\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
     with connect(server, head) as connection:
@@ -283,7 +283,7 @@ def test_a_client_that_asks_for_a_go_ahead_gets_one(server: Server) -> None:
     assert b"100 Continue" not in found
 
 
-def test_a_client_of_http_1_0_is_not_told_to_go_ahead(server: Server) -> None:
+def test_an_http_1_0_client_gets_no_100_continue(server: Server) -> None:
     sent = TOKEN.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}"
     assert b"100 Continue" not in answer(server, sent)
 
@@ -302,7 +302,7 @@ def test_a_client_of_http_1_0_is_not_told_to_go_ahead(server: Server) -> None:
         pytest.param(b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n", 400, id="bad-header"),
     ],
 )
-def test_what_is_no_request_is_refused(server: Server, sent: bytes, status: int) -> None:
+def test_a_malformed_request_is_refused(server: Server, sent: bytes, status: int) -> None:
     with connect(server, sent) as connection:
         assert connection.recv(65536).startswith(b"HTTP/1.1 %d " % status)
 
@@ -317,9 +317,7 @@ def test_what_is_no_request_is_refused(server: Server, sent: bytes, status: int)
         pytest.param(TOKEN + b"Transfer-Encoding: chunked, chunked\r\n\r\n", 400, id="chunked-twice"),
     ],
 )
-def test_a_request_whose_end_two_could_see_differently_is_refused_at_once(
-    server: Server, sent: bytes, status: int
-) -> None:
+def test_a_request_with_ambiguous_length_is_refused_at_once(server: Server, sent: bytes, status: int) -> None:
     started = time.monotonic()
     assert answer(server, sent).startswith(b"HTTP/1.1 %d " % status)
     assert time.monotonic() - started < 2
@@ -346,7 +344,7 @@ def test_a_request_in_progress_is_answered_before_a_stop(serve: Callable[..., Se
 
 
 def test_a_reload_and_a_killed_worker_lose_no_request(serve: Callable[..., Server]) -> None:
-    running = serve(LOCAL="1", BCRYPT_COST="4").wait()
+    running = serve(LOCAL="1").wait()
     agent = register(running)
 
     def ask() -> int:
@@ -366,7 +364,7 @@ def test_a_reload_and_a_killed_worker_lose_no_request(serve: Callable[..., Serve
     assert killed not in running.workers()
 
 
-def test_of_clients_that_broke_off_nothing_is_kept(serve: Callable[..., Server]) -> None:
+def test_no_memory_is_kept_for_clients_that_broke_off(serve: Callable[..., Server]) -> None:
     running = serve(WORKERS="1").wait()
     before = memory(running)
     for _ in range(600):
@@ -390,7 +388,7 @@ def test_a_large_answer_reaches_a_slow_reader_whole(server: Server) -> None:
     assert f"Content-Length: {len(body)}".encode() in head
 
 
-def test_a_worker_without_file_descriptors_goes_on_when_some_are_free_again(
+def test_a_worker_recovers_from_running_out_of_file_descriptors(
     serve: Callable[..., Server],
 ) -> None:
     running = serve(WORKERS="1").wait()

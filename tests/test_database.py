@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -15,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Operator, ask_refresh, ask_token, contents, engine_of, settings_for
 from flask import Flask
 from flask.testing import FlaskClient
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token
+from support.instances import contents, lock, settings_for
 
 import models
 from app import create_app
@@ -84,18 +84,6 @@ def test_only_issuing_tokens_may_be_undone_by_a_power_cut(
     assert durabilities == [True, False, True, True, True, False, True, True]
 
 
-def lock(folder: Path) -> Any:
-    """Another process's write lock, as far as the database can tell; `close()` ends it."""
-    if on_postgresql.is_used():
-        writer = engine_of(folder / "instance").connect().execution_options(isolation_level="AUTOCOMMIT")
-        postgresql.begin_writing(writer, durable=True, patient=True, exclusive=True)
-        return writer
-    path = folder / "instance" / "lanyard.db"
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.execute("BEGIN IMMEDIATE")
-    return connection
-
-
 def test_a_write_waits_for_another_instead_of_failing(app: Flask, tmp_path: Path) -> None:
     other = lock(tmp_path)
     release = threading.Timer(0.3, other.close)
@@ -121,7 +109,7 @@ def test_a_database_locked_for_long_is_a_503(
 
 
 @pytest.mark.sqlite
-def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
+def test_after_a_lock_timeout_others_wait_briefly(
     make_app: Callable[..., Flask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.6)
@@ -139,7 +127,7 @@ def test_after_one_wait_in_vain_nobody_waits_long_until_one_gets_the_lock(
     assert waited == [True, False, True, False]
 
 
-def test_who_waits_for_the_lock_is_not_starved_by_those_who_come_after(app: Flask) -> None:
+def test_a_waiter_for_the_lock_is_not_starved_by_newcomers(app: Flask) -> None:
     until = time.monotonic() + 2.5
 
     def write() -> float:
@@ -162,7 +150,7 @@ def test_an_error_rolls_everything_back(app: Flask) -> None:
         with pytest.raises(RuntimeError), writing() as connection:
             connection.execute(sa.update(SigningKey).values(alg="none"))
             raise RuntimeError
-        assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["RS256"]
+        assert db.session.scalars(sa.select(SigningKey.alg)).all() == ["ES256"]
 
 
 def test_a_transaction_inside_another_is_refused(app: Flask) -> None:
@@ -287,7 +275,7 @@ def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
         kids.put((db.session.scalars(sa.select(SigningKey.kid)).all(), (folder / "admin_token").read_text()))
 
 
-def test_processes_that_start_together_make_one_key_and_one_admin_token(tmp_path: Path) -> None:
+def test_simultaneous_first_starts_make_one_key_and_one_token(tmp_path: Path) -> None:
     processes = multiprocessing.get_context("spawn")
     settings_for(tmp_path)
     barrier, kids = processes.Barrier(4), processes.Queue()

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import requests
 import yaml
-from conftest import OPERATOR, Server, free_port
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
+from support.callers import OPERATOR
+from support.programs import DEPLOY, needs, nginx, through_nginx
+from support.servers import Server, free_port
 
 from config import HERE, Settings
 
-DEPLOY = HERE / "deploy"
-PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
 EXPOSURE = 1.5  # of 10; systemd calls anything below 2 OK
-
-
-def needs(program: str, package: str) -> pytest.MarkDecorator:
-    found = shutil.which(program, path=PATH)
-    return pytest.mark.skipif(not found, reason=f"no {program}: apt-get install {package}")
 
 
 def dashboard() -> dict[str, Any]:
@@ -129,7 +119,7 @@ def test_the_unit_is_fenced_in(unit: Path) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
 
 
-def test_the_container_copies_what_is_there_and_is_not_root() -> None:
+def test_the_container_copies_existing_files_and_is_not_root() -> None:
     lines = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     known = {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK"}
@@ -193,68 +183,12 @@ class Proxy(NamedTuple):
         return {"grant_type": "client_credentials", **made}
 
 
-def write_nginx_configuration(folder: Path, port: int, upstream: int, locations: str) -> Path:
-    """What is shipped, with this test's ports and certificate, and `locations` in the place of its own."""
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    text = (DEPLOY / "nginx.conf").read_text()
-    for old, new in {
-        "server 127.0.0.1:8080": f"server 127.0.0.1:{upstream}",
-        "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
-        "/etc/ssl/certs/id.example.com.pem": str(certificate),
-        "/etc/ssl/private/id.example.com.key": str(key),
-    }.items():
-        assert old in text
-        text = text.replace(old, new)
-    if locations:
-        text, count = re.subn(r"    location (/|= /metrics) \{\n.*?\n    \}\n", "", text, flags=re.DOTALL)
-        assert count == 2
-        text = text.replace("    error_page 403", f"{locations}\n    error_page 403")
-    folders = [f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi")]
-    folders += [f"{kind}_temp_path {folder}/{kind};" for kind in ("uwsgi", "scgi")]
-    user = "user root;" if os.geteuid() == 0 else ""
-    main = folder / "nginx.conf"
-    main.write_text(
-        f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; {user}\n"
-        f"events {{}}\nhttp {{ access_log off; {' '.join(folders)}\n{text}\n}}\n"
-    )
-    return main
-
-
-@contextmanager
-def nginx(folder: Path, port: int, upstream: int, locations: str = "") -> Iterator[None]:
-    """nginx running in the folder until the end."""
-    configuration = write_nginx_configuration(folder, port, upstream, locations)
-    program = str(shutil.which("nginx", path=PATH))
-    with subprocess.Popen([program, "-p", folder, "-c", configuration], stderr=subprocess.PIPE) as process:
-        try:
-            wait_for(process, port)
-            yield
-        finally:
-            process.terminate()
-
-
-def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
-    until = time.monotonic() + 10
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    process.terminate()
-    assert process.stderr
-    raise AssertionError(f"nginx did not start: {process.stderr.read().decode()}")
-
-
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("nginx")
     port = free_port()
     url = f"https://127.0.0.1:{port}"
-    server = Server(folder, BCRYPT_COST="4", TRUSTED_PROXIES="1", ISSUER=url)
+    server = Server(folder, TRUSTED_PROXIES="1", ISSUER=url)
     try:
         server.wait()
         token = (server.instance / "admin_token").read_text().strip()
@@ -262,9 +196,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             yield Proxy(url, port, str(folder / "certificate.pem"), server, token)
     finally:
         server.stop()
-
-
-through_nginx = needs("nginx", "nginx-light")
 
 
 @through_nginx
@@ -277,7 +208,7 @@ def test_a_token_and_me_through_nginx(proxy: Proxy) -> None:
 
 
 @through_nginx
-def test_events_have_the_true_address_whatever_the_client_says(proxy: Proxy) -> None:
+def test_an_event_has_the_true_address_despite_forged_headers(proxy: Proxy) -> None:
     lies = {"X-Forwarded-For": "203.0.113.7", "X-Real-IP": "203.0.113.7", "Forwarded": "for=203.0.113.7"}
     agent = proxy.agent()
     answer = proxy.ask("POST", "/oauth/token", json=agent, headers={**lies, "X-Request-Id": "mine-1"})
@@ -313,7 +244,7 @@ def test_a_body_as_large_as_may_be_passes(proxy: Proxy) -> None:
 
 @through_nginx
 @pytest.mark.parametrize("path", ["/metrics", "/%6detrics", "/x/../metrics", "//metrics", "/metrics?a=b"])
-def test_metrics_are_not_to_be_had_through_nginx(proxy: Proxy, path: str) -> None:
+def test_nginx_does_not_expose_metrics(proxy: Proxy, path: str) -> None:
     with requests.Session() as session:
         asked = requests.Request("GET", proxy.url, headers={"Authorization": f"Bearer {proxy.token}"})
         prepared = asked.prepare()
@@ -338,7 +269,7 @@ def test_one_connection_to_lanyard_serves_many_requests(proxy: Proxy) -> None:
 
 
 @through_nginx
-def test_nginx_says_in_the_one_shape_that_lanyard_is_gone(tmp_path: Path) -> None:
+def test_nginx_answers_503_in_the_one_shape_without_lanyard(tmp_path: Path) -> None:
     port = free_port()
     with nginx(tmp_path, port, free_port()):
         certificate = str(tmp_path / "certificate.pem")

@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,16 +21,17 @@ from typing import Any
 import jwt
 import pytest
 import requests
-from conftest import Server, engine_of, free_port
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA512, HashAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flask import Flask
-from test_deploy import DEPLOY, nginx, through_nginx
-from test_real_clients import NODE, access_token, issuer_of, needs_node
-from test_real_clients import running as running_server
-from test_serving import register, token_body
+from support.instances import engine_of
+from support.programs import DEPLOY, NODE, needs_node, nginx, through_nginx
+from support.servers import Server, access_token, free_port, issuer_of, register, token_body
+from support.servers import running as running_server
 
+from commands.__main__ import lanyard as commands
 from config import HERE, Settings
 
 PAGES = [HERE / name for name in ("README.md", "SECURITY.md", "CHANGELOG.md")]
@@ -121,17 +123,19 @@ def test_commands_of_other_pages_run_after_it(session: Callable[..., str]) -> No
 
 
 @needs_jq
-def test_the_operators_commands_run(session: Callable[..., str]) -> None:
+def test_the_operators_commands_run(lanyard: Server, session: Callable[..., str], tmp_path: Path) -> None:
     back_up, _ = blocks("docs/operations.md", "bash", "Backup and restore")
     rotate, rotate_now = blocks("docs/operations.md", "bash", "Signing keys")
     (make_key,) = blocks("docs/operations.md", "bash", "Encryption at rest")
     (rotate_secret,) = blocks("docs/troubleshooting.md", "bash", "An agent's secret is lost")
     agent = "CLIENT_ID=$(./lanyard agents list --json | jq -r '.agents[0].client_id')"
-    commands = blocks("docs/operations.md", "bash", "Commands")
-    printed = session(
-        [*commands, back_up, rotate, agent, rotate_secret.replace("CLIENT_ID", '"$CLIENT_ID"'), make_key]
-    )
-    assert "nightly" in printed
+    for block in [*blocks("docs/operations.md", "bash", "Commands"), back_up, rotate]:
+        for line in block.replace("/backups", str(tmp_path)).splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "./lanyard"
+            done = CliRunner().invoke(commands, arguments, env={"LANYARD_INSTANCE": str(lanyard.instance)})
+            assert done.exit_code == 0, done.output
+    printed = session([agent, rotate_secret.replace("CLIENT_ID", '"$CLIENT_ID"'), make_key])
     assert re.search(r"^cs_[\w-]{50,}$", printed, re.MULTILINE)
     key = printed.splitlines()[-1]
     assert Settings.from_env({"LANYARD_SECRET_KEY": key}).secret_keys == (key,)
@@ -167,7 +171,7 @@ def test_the_block_of_the_compose_file_is_the_file() -> None:
 def test_nginx_serves_it_under_a_path(tmp_path: Path) -> None:
     port = free_port()
     base = f"https://127.0.0.1:{port}/lanyard"
-    server = Server(tmp_path, BCRYPT_COST="4", WORKERS="1", TRUSTED_PROXIES="1", ISSUER=base)
+    server = Server(tmp_path, WORKERS="1", TRUSTED_PROXIES="1", ISSUER=base)
     (block,) = blocks("docs/deploy.md", "nginx")
     try:
         server.wait()
@@ -243,7 +247,7 @@ func main() {
 
 @pytest.fixture(scope="module")
 def lanyard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("lanyard"), WORKERS="1") as server:
+    with running_server(tmp_path_factory.mktemp("lanyard"), WORKERS="1", SIGNING_ALG="RS256") as server:
         yield server
 
 
@@ -439,7 +443,8 @@ def test_every_make_target_is_documented_and_no_other() -> None:
 @cache
 def commands_of(*group: str) -> frozenset[str]:
     """Return what `./lanyard` lists as commands, of a group if one is given."""
-    told = subprocess.run([HERE / "lanyard", *group, "--help"], capture_output=True, text=True, check=True)
+    told = CliRunner().invoke(commands, [*group, "--help"])
+    assert told.exit_code == 0, told.output
     _, _, listed = told.stdout.partition("\nCommands:\n")
     return frozenset(re.findall(r"^  ([a-z-]+) ", listed, re.MULTILINE))
 

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
-from conftest import ADMIN_TOKEN, OPERATOR, Clock, Server, engine_of, settings_for
 from cryptography.fernet import Fernet
 from flask import Flask
+from support.callers import OPERATOR
+from support.clock import Clock
+from support.instances import ADMIN_TOKEN, engine_of, settings_for
+from support.servers import Server
 
 from commands import doctor
 from commands.__main__ import lanyard as commands
@@ -42,7 +45,7 @@ def change(folder: Path, statement: str) -> None:
 
 
 @pytest.mark.sqlite
-def test_a_sound_instance_is_all_ok(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_a_sound_instance_passes_all_checks(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     make_app(SECRET_KEY=KEY)
     findings = list(doctor.examine(settings_for(tmp_path / "instance", SECRET_KEY=KEY)))
     assert {one.subject for one in findings} == {
@@ -52,7 +55,7 @@ def test_a_sound_instance_is_all_ok(make_app: Callable[..., Flask], tmp_path: Pa
     assert [one for one in findings if one.level != OK] == []
 
 
-def test_it_changes_nothing(folder: Path) -> None:
+def test_the_checks_change_nothing(folder: Path) -> None:
     list(doctor.examine(settings_for(folder)))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lanyard.db-shm"}
     list(doctor.examine(settings_for(folder)))
@@ -70,18 +73,18 @@ def test_it_changes_nothing(folder: Path) -> None:
     ],
     ids=["no proxies", "no https", "host", "private webhooks"],
 )
-def test_settings_that_do_not_go_together(folder: Path, variables: dict[str, str], told: str) -> None:
+def test_contradicting_settings_are_named(folder: Path, variables: dict[str, str], told: str) -> None:
     assert told in found(folder, WARN, "settings", **variables)
     assert told not in found(folder, WARN, "settings", SECRET_KEY=KEY)
 
 
-def test_misspelt_settings_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_settings_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LANYARD_PROT", "9000")
     assert "LANYARD_PROT" in found(folder, WARN, "settings")
 
 
 @pytest.mark.sqlite
-def test_whether_a_server_runs(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_running_server_is_found(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve().wait()
     assert found(server.instance, OK, "server") == "A server runs on this instance."
     server.stop()
@@ -90,7 +93,7 @@ def test_whether_a_server_runs(serve: Callable[..., Server], tmp_path: Path) -> 
 
 @pytest.mark.sqlite
 @pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "admin_token", "lanyard.db.replaced-1"])
-def test_files_that_others_may_read(folder: Path, name: str) -> None:
+def test_files_that_others_may_read_are_named(folder: Path, name: str) -> None:
     (folder / name).touch()
     for file in folder.iterdir():
         file.chmod(0o600)
@@ -101,17 +104,17 @@ def test_files_that_others_may_read(folder: Path, name: str) -> None:
 
 @pytest.mark.sqlite
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_files_of_another_owner(folder: Path) -> None:
+def test_files_of_another_owner_are_named(folder: Path) -> None:
     os.chown(folder / "lanyard.db.lock", 12345, -1)
     assert "lanyard.db.lock is not owned" in found(folder, FAIL, "files")
 
 
-def test_a_folder_that_others_may_change(folder: Path) -> None:
+def test_a_folder_that_others_may_change_is_named(folder: Path) -> None:
     folder.chmod(0o770)
     assert "chmod go-w" in found(folder, FAIL, "folder")
 
 
-def test_an_admin_token_that_will_not_do(folder: Path) -> None:
+def test_a_bad_admin_token_is_named(folder: Path) -> None:
     assert "no " in found(folder, WARN, "admin token", ADMIN_TOKEN="")
     (folder / "admin_token").write_text("short")
     told = found(folder, FAIL, "admin token", ADMIN_TOKEN="")
@@ -124,20 +127,22 @@ def test_an_admin_token_that_will_not_do(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("free", "level"), [(10**6, FAIL), (10**8, WARN), (10**10, OK)], ids=["none", "little", "enough"]
 )
-def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str) -> None:
+def test_little_space_on_the_disk_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str
+) -> None:
     usage = namedtuple("usage", "free")(free)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert "are free" in found(folder, level, "disk")
 
 
 @pytest.mark.sqlite
-def test_a_wal_that_has_grown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_wal_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LARGE_WAL", -1)
     assert "restart the server" in found(folder, WARN, "wal")
 
 
 @pytest.mark.sqlite
-def test_a_damaged_database(folder: Path) -> None:
+def test_a_damaged_database_is_a_failure(folder: Path) -> None:
     file = folder / "lanyard.db"
     change(folder, "PRAGMA journal_mode = DELETE")
     content = bytearray(file.read_bytes())
@@ -147,29 +152,29 @@ def test_a_damaged_database(folder: Path) -> None:
 
 
 @pytest.mark.sqlite
-def test_rows_that_belong_to_nothing(folder: Path) -> None:
+def test_orphaned_rows_are_a_failure(folder: Path) -> None:
     change(folder, "INSERT INTO usage_days VALUES (99, '2026-01-01', 1, 1)")
     assert "rows of usage_days" in found(folder, FAIL, "database")
 
 
-def test_a_database_from_the_future(folder: Path, time_machine: Clock) -> None:
+def test_a_newer_schema_is_a_failure(folder: Path, time_machine: Clock) -> None:
     time_machine.advance(minutes=-30)
     assert "The database knows of" in found(folder, WARN, "clock")
 
 
-def test_a_clock_that_was_never_set(folder: Path, time_machine: Clock) -> None:
+def test_a_clock_that_was_never_set_is_a_failure(folder: Path, time_machine: Clock) -> None:
     time_machine.advance(days=-1000)
     assert "set the clock" in found(folder, FAIL, "clock")
 
 
-def test_the_signing_keys_age(folder: Path, time_machine: Clock) -> None:
+def test_an_old_signing_key_is_a_warning(folder: Path, time_machine: Clock) -> None:
     assert "due by" in found(folder, OK, "keys")
-    assert "ES256" in found(folder, WARN, "keys", SIGNING_ALG="ES256")
+    assert "RS256" in found(folder, WARN, "keys", SIGNING_ALG="RS256")
     time_machine.advance(days=366)
     assert "366 days: ./lanyard keys rotate" in found(folder, WARN, "keys")
 
 
-def test_the_next_signing_key(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+def test_the_next_signing_key_is_shown(make_app: Callable[..., Flask], tmp_path: Path) -> None:
     make_app().test_client().post("/api/keys/rotate", headers=OPERATOR)
     assert "the next one from" in found(tmp_path / "instance", OK, "keys")
 
@@ -186,14 +191,16 @@ def test_the_next_signing_key(make_app: Callable[..., Flask], tmp_path: Path) ->
     ],
     ids=["clear", "not yet sealed", "sealed", "old key", "wrong key", "lost key"],
 )
-def test_what_the_secrets_are_sealed_with(
+def test_encryption_of_secrets_is_checked(
     make_app: Callable[..., Flask], tmp_path: Path, sealed_with: str, given: str, level: str, told: str
 ) -> None:
     make_app(SECRET_KEY=sealed_with)
     assert told in found(tmp_path / "instance", level, "secrets", SECRET_KEY=given)
 
 
-def test_webhooks_in_trouble(make_app: Callable[..., Flask], tmp_path: Path, time_machine: Clock) -> None:
+def test_failing_webhooks_are_named(
+    make_app: Callable[..., Flask], tmp_path: Path, time_machine: Clock
+) -> None:
     client = make_app(WEBHOOK_ALLOW_PRIVATE="1").test_client()
     body = {"name": "audit", "url": "http://127.0.0.1:9/hook", "events": ["agent.*"]}
     webhook = client.post("/api/webhooks", json=body, headers=OPERATOR).json["webhook"]
@@ -218,7 +225,7 @@ def run(*arguments: str, **variables: str) -> Any:
 
 
 @pytest.mark.sqlite
-def test_the_command_tells_a_line_for_each_thing(folder: Path) -> None:
+def test_the_command_prints_a_line_for_each_check(folder: Path) -> None:
     result = run(INSTANCE=str(folder), ADMIN_TOKEN=ADMIN_TOKEN)
     assert result.exit_code == 0, result.output
     assert {line.split()[0] for line in result.stdout.splitlines()} == {"OK", "WARN"}

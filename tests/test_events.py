@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer, run_command
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
+from support.clock import Clock
 
 import credentials
 import events
@@ -29,7 +30,9 @@ def log(client: FlaskClient, query: str = "") -> list[dict[str, Any]]:
     return list(response.json["events"])
 
 
-def test_a_life_is_told_in_order(client: FlaskClient, operator: Operator, time_machine: Clock) -> None:
+def test_events_of_an_agents_life_are_in_order(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
     agent = operator.create(name="night-reporter")
     agent_id = agent["agent"]["id"]
     token = ask_token(client, agent).json
@@ -62,7 +65,7 @@ def test_a_life_is_told_in_order(client: FlaskClient, operator: Operator, time_m
     assert [told[n]["data"]["token"] for n in (5, 6)] == ["access", "refresh"]
 
 
-def test_an_event_tells_from_where_and_in_which_request(make_app: Callable[..., Flask]) -> None:
+def test_an_event_has_its_address_and_request_id(make_app: Callable[..., Flask]) -> None:
     client = make_app(TRUSTED_PROXIES="1").test_client()
     headers = {**OPERATOR, "X-Forwarded-For": "203.0.113.9", "X-Request-Id": "deploy-7"}
     response = client.post("/api/agents", json={"name": "x"}, headers=headers)
@@ -78,7 +81,7 @@ def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: st
     assert told.startswith("req_")
 
 
-def test_a_refresh_token_used_twice_is_told_once(
+def test_a_refresh_token_used_twice_is_one_event(
     client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
     for _ in range(3):
@@ -87,7 +90,7 @@ def test_a_refresh_token_used_twice_is_told_once(
     assert event["data"]["agent_id"] == agent["agent"]["id"]
 
 
-def test_failed_sign_ins_are_told(client: FlaskClient, agent: dict[str, Any]) -> None:
+def test_failed_sign_ins_are_events(client: FlaskClient, agent: dict[str, Any]) -> None:
     ask_token(client, agent, client_secret="cs_guess")
     ask_token(client, agent, client_id="'; DROP TABLE agents")
     client.get("/api/agents", headers={"Authorization": "Bearer guess"})
@@ -111,13 +114,13 @@ def test_a_request_without_credentials_is_no_failed_sign_in(client: FlaskClient)
     assert log(client) == []
 
 
-def test_a_key_rotation_is_told(client: FlaskClient) -> None:
+def test_a_key_rotation_is_an_event(client: FlaskClient) -> None:
     new = client.post("/api/keys/rotate", json={"now": True}, headers=OPERATOR).json["key"]
     (event,) = log(client, "?type=key.*")
-    assert event["data"] == {"kid": new["kid"], "alg": "RS256", "at_once": True}
+    assert event["data"] == {"kid": new["kid"], "alg": "ES256", "at_once": True}
 
 
-def test_what_did_not_happen_is_not_told(
+def test_a_refused_change_is_no_event(
     client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
     before = log(client)
@@ -173,7 +176,7 @@ def test_a_bad_query_is_named(client: FlaskClient, query: str, named: str) -> No
     assert (response.status_code, list(response.json["fields"])) == (400, [named])
 
 
-def test_the_log_is_the_operators(client: FlaskClient, token: dict[str, Any]) -> None:
+def test_only_the_operator_reads_events(client: FlaskClient, token: dict[str, Any]) -> None:
     assert client.get("/api/events").status_code == 401
     assert client.get("/api/events", headers=bearer(token)).status_code == 403
 

@@ -56,18 +56,18 @@ SCENES: dict[str, Callable[[Stage], Scene]] = {
 
 
 @pytest.mark.parametrize("play", SCENES.values(), ids=SCENES)
-def test_what_was_acknowledged_survives(stage: Stage, play: Callable[[Stage], Scene]) -> None:
+def test_acknowledged_changes_survive(stage: Stage, play: Callable[[Stage], Scene]) -> None:
     check(play(stage))
 
 
-def test_what_was_acknowledged_survives_files_that_cannot_be_written(stage: Stage) -> None:
+def test_acknowledged_changes_survive_read_only_files(stage: Stage) -> None:
     try:
         check(scenes.read_only(stage, times=1, seconds=0.7))
     except faults.Unavailable as reason:
         pytest.skip(str(reason))
 
 
-def test_what_was_acknowledged_survives_a_full_disk(small_disk: Stage) -> None:
+def test_acknowledged_changes_survive_a_full_disk(small_disk: Stage) -> None:
     check(scenes.full_disk(small_disk, times=1, seconds=1.5))
 
 

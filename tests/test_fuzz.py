@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-import on_postgresql
 import pytest
 import sqlalchemy as sa
-from anything import (
+from flask import Flask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import postgresql as on_postgresql
+from support.anything import (
     AGENT,
     JSON_TYPES,
     OPEN_ROUTES,
@@ -27,10 +30,8 @@ from anything import (
     query,
     segment,
 )
-from conftest import OPERATOR, Operator, ask_token, close, copy_instance, engine_of, settings_for
-from flask import Flask
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.callers import OPERATOR, Operator, ask_token
+from support.instances import close, copy_instance, engine_of, settings_for
 from werkzeug.datastructures import Headers
 from werkzeug.test import TestResponse
 
@@ -77,14 +78,14 @@ class Instance(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def instance(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Iterator[Instance]:
+def instance(tmp_path_factory: pytest.TempPathFactory, first_start: Path) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("fuzzed")
-    copy_instance(quick_start, folder)
+    copy_instance(first_start, folder)
     with pytest.MonkeyPatch.context() as patch:
         # What comes and goes beside the requests would look like a change they made.
         patch.setattr(cleanup, "INTERVAL", 10**9)
         patch.setattr(events._Limiter, "allow", lambda self, kind: False)
-        app = create_app(settings_for(folder, SIGNING_ALG="ES256", WEBHOOK_ALLOW_PRIVATE="1"), serving=True)
+        app = create_app(settings_for(folder, WEBHOOK_ALLOW_PRIVATE="1"), serving=True)
         with engine_of(folder).connect().execution_options(isolation_level="AUTOCOMMIT") as eye:
             yield Instance(app, eye)
         close(app)

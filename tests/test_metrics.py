@@ -13,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
-from conftest import OPERATOR, Clock, Operator, Server, ask_refresh, ask_token, bearer, free_port
 from flask import Flask
 from flask.testing import FlaskClient
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer
+from support.clock import Clock
+from support.servers import Server, free_port
 
 import events
 from credentials import new_client_id, new_client_secret
@@ -214,14 +216,14 @@ def test_the_signing_keys_moments_are_there(client: FlaskClient, time_machine: C
     following = "lanyard_signing_key_next_timestamp_seconds"
     made = "lanyard_signing_key_created_timestamp_seconds"
     before = scrape(client)
-    assert (following, "RS256") not in before
-    assert before[made, "RS256"] <= time_machine.now().timestamp()
+    assert (following, "ES256") not in before
+    assert before[made, "ES256"] <= time_machine.now().timestamp()
     client.post("/api/keys/rotate", json={}, headers=OPERATOR)
-    assert scrape(client)[following, "RS256"] == time_machine.now().timestamp() + 360
+    assert scrape(client)[following, "ES256"] == time_machine.now().timestamp() + 360
     time_machine.advance(seconds=360)
     after = scrape(client)
-    assert (following, "RS256") not in after
-    assert after[made, "RS256"] == time_machine.now().timestamp() - 360
+    assert (following, "ES256") not in after
+    assert after[made, "ES256"] == time_machine.now().timestamp() - 360
 
 
 def test_the_route_is_a_rule_and_no_path(client: FlaskClient, agent: dict[str, Any]) -> None:
@@ -305,7 +307,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 @needs_promtool
-def test_promtool_finds_nothing_to_better(client: FlaskClient, agent: dict[str, Any]) -> None:
+def test_promtool_accepts_the_metrics(client: FlaskClient, agent: dict[str, Any]) -> None:
     ask_token(client, agent)
     check_with_promtool(client.get("/metrics", headers=OPERATOR).text)
 
@@ -325,7 +327,7 @@ def ask_many(server: Server, agent: dict[str, Any], times: int) -> None:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two workers."""
-    server = Server(tmp_path_factory.mktemp("running"), LOCAL="1", BCRYPT_COST="4").wait()
+    server = Server(tmp_path_factory.mktemp("running"), LOCAL="1").wait()
     yield server
     server.stop()
 
@@ -393,7 +395,7 @@ def test_a_reload_loses_no_count(running: Server) -> None:
 
 
 @needs_promtool
-def test_promtool_finds_nothing_to_better_with_workers(running: Server) -> None:
+def test_promtool_accepts_the_metrics_of_several_workers(running: Server) -> None:
     ask_many(running, requests.post(f"{running.url}/api/agents", json={"name": "x"}).json(), 10)
     check_with_promtool(requests.get(f"{running.url}/metrics").text)
 

@@ -15,15 +15,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from conftest import OPERATOR, ask_token, engine_of, environment_of, settings_for
 from flask import Flask
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, ask_token
+from support.instances import engine_of, environment_of, settings_for
+from support.revisions import GOOD, SHIPPED
 
 from app import create_app
 from config import HERE, SettingError
@@ -31,7 +33,6 @@ from credentials import new_client_secret
 from migrations import upgrade
 from models import Base
 
-SHIPPED = HERE / "migrations"
 AGENT = "b5b0cd3b-a5d1-4b5f-8ed2-4f3a8d4f2f3b"
 CLIENT = "cid_jbBTZ0e1F4ufeYvekNWtbA"
 SECRET = new_client_secret(4)
@@ -68,13 +69,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "revoked_tokens": {"id": "a-jti", "expires_at": 4000000000},
 }
 
-# A table that others refer to is rebuilt, and every row of it changed.
-GOOD = """
-    with op.batch_alter_table("agents", table_kwargs={"sqlite_autoincrement": True}) as agents:
-        agents.add_column(sa.Column("colour", sa.Text(), nullable=False, server_default="blue"))
-        agents.alter_column("owner", type_=sa.Text())
-    op.execute("UPDATE agents SET token_count = token_count + 1")
-"""
 BAD = {
     "it raises": GOOD + "    raise KeyError('a bug')",
     "its SQL is refused": f"{GOOD}    op.execute('INSERT INTO agents (pk) VALUES (8)')",  # noqa: S608
@@ -121,30 +115,6 @@ def test_the_revisions_are_numbered_in_the_order_they_run() -> None:
     revisions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
     assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
     assert upgrade.revisions() == revisions[::-1]
-
-
-def folder_of_revisions(folder: Path, body: str) -> Path:
-    """What is shipped, and one revision more."""
-    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    last = len(list((folder / "versions").glob("*.py")))
-    (folder / "versions" / f"{last + 1:04}_next.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\n"
-        f"revision, down_revision = '{last + 1:04}', '{last:04}'\n"
-        f"def upgrade():\n{body}"
-    )
-    return folder
-
-
-@pytest.fixture
-def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Make this code the next release, whose revision does what is given; returns its revisions' folder."""
-
-    def make(body: str) -> Path:
-        shutil.rmtree(tmp_path / "next", ignore_errors=True)
-        monkeypatch.setattr(upgrade, "FOLDER", folder_of_revisions(tmp_path / "next", body))
-        return upgrade.FOLDER
-
-    return make
 
 
 @pytest.fixture

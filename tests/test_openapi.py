@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import secrets
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import schemathesis
 import schemathesis.engine
-from conftest import ADMIN_TOKEN, OPERATOR, Operator, Server, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 from schemathesis import AuthContext, Case
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.instances import ADMIN_TOKEN
+from support.servers import Server
 
+from config import HERE
 from schemas import JWK
 
-CONFIG = Path(__file__).with_name("schemathesis.toml")
+CONFIG = HERE / "tests/support/schemathesis.toml"
 
 
 STATUSES = """
@@ -134,7 +137,7 @@ def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
     validate(document)
 
 
-def test_every_route_is_in_it(app: Flask, document: dict[str, Any]) -> None:
+def test_every_route_is_in_the_document(app: Flask, document: dict[str, Any]) -> None:
     routes = {
         (re.sub(r"<(?:[^:<>]+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
         for rule in app.url_map.iter_rules()
@@ -159,14 +162,14 @@ def test_every_operation_has_these_statuses(document: dict[str, Any]) -> None:
     assert found == STATUSES.strip().splitlines()
 
 
-def test_every_error_code_is_in_it_with_an_example(document: dict[str, Any]) -> None:
+def test_every_error_code_has_an_example(document: dict[str, Any]) -> None:
     for path, _, operation in operations(document):
         for status in map(int, operation["responses"]):
             expected = OAUTH_CODES.get((path, status), CODES.get(status, set()))
             assert codes(document, operation, status) == expected, (path, status)
 
 
-def test_every_oauth_error_code_in_it_is_answered(
+def test_every_documented_oauth_error_code_occurs(
     client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
     good = {name: agent[name] for name in ("client_id", "client_secret")}
@@ -212,7 +215,7 @@ def test_oauth_bodies_are_forms_and_others_json(document: dict[str, Any]) -> Non
             assert body["content"][f"application/{kind}"]["examples"]
 
 
-def test_every_operation_has_a_name_of_its_own_and_says_what_it_does(document: dict[str, Any]) -> None:
+def test_every_operation_has_a_unique_id_and_a_summary(document: dict[str, Any]) -> None:
     found = [operation for _, _, operation in operations(document)]
     assert len({operation["operationId"] for operation in found}) == len(found)
     for operation in found:
@@ -220,13 +223,13 @@ def test_every_operation_has_a_name_of_its_own_and_says_what_it_does(document: d
         assert operation["tags"][0] in [tag["name"] for tag in document["tags"]]
 
 
-def test_its_server_is_the_issuer(make_app: Callable[..., Flask]) -> None:
+def test_the_documents_server_is_the_issuer(make_app: Callable[..., Flask]) -> None:
     issuer = "https://id.example.com/lanyard"
     document = make_app(ISSUER=issuer).test_client().get("/openapi.json").json
     assert document["servers"] == [{"url": issuer}]
 
 
-def test_it_is_cacheable_and_carries_an_etag(client: FlaskClient) -> None:
+def test_the_document_is_cacheable_and_has_an_etag(client: FlaskClient) -> None:
     response = client.get("/openapi.json")
     assert response.headers["Cache-Control"] == "public, max-age=3600"
     again = client.get("/openapi.json", headers={"If-None-Match": response.headers["ETag"]})
@@ -255,7 +258,7 @@ def test_every_example_is_true_to_its_schema(document: dict[str, Any]) -> None:
         OAS31Validator(whole, format_checker=OAS31Validator.FORMAT_CHECKER).validate(value)
 
 
-def test_every_field_of_a_body_says_what_it_is(document: dict[str, Any]) -> None:
+def test_every_field_of_a_body_has_a_description(document: dict[str, Any]) -> None:
     # Discovery documents are described by their RFCs.
     schemas = document["components"]["schemas"].items()
     silent = {
@@ -268,7 +271,7 @@ def test_every_field_of_a_body_says_what_it_is(document: dict[str, Any]) -> None
     assert silent == set()
 
 
-def test_local_mode_asks_the_operator_for_nothing(make_app: Callable[..., Flask]) -> None:
+def test_local_mode_needs_no_security_scheme(make_app: Callable[..., Flask]) -> None:
     document = make_app(LOCAL="1").test_client().get("/openapi.json").json
     assert {} in document["paths"]["/api/agents"]["post"]["security"]
     assert {} not in document["paths"]["/api/agents/me"]["get"]["security"]
@@ -288,10 +291,12 @@ def before_call(context: Any, case: Case, kwargs: dict[str, Any]) -> None:
         case.body[name] = int(value) if isinstance(value, float) else value and good.get(name, value)
 
 
-@pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"ADMIN_TOKEN": ADMIN_TOKEN, "WEBHOOK_ALLOW_PRIVATE": "1", "TRUSTED_PROXIES": "1"}
-    return serve(WORKERS="1", **settings).wait()
+    started = Server(tmp_path_factory.mktemp("server"), WORKERS="1", **settings)
+    yield started.wait()
+    started.stop()
 
 
 def failures(server: Server, header: Callable[[], dict[str, str]], **others: list[str]) -> list[str]:
@@ -310,6 +315,9 @@ def failures(server: Server, header: Callable[[], dict[str, str]], **others: lis
     config = tomllib.loads(CONFIG.read_text())
     config["operations"].append({**others, "enabled": False})
     config["base-url"] = server.url
+    if os.environ.get("HYPOTHESIS_PROFILE") != "long":
+        config["generation"]["max-examples"] = 1
+        config["phases"]["stateful"]["generation"]["max-examples"] = 3
     schema = schemathesis.openapi.from_url(
         f"{server.url}/openapi.json", config=schemathesis.Config.from_dict(config)
     )
@@ -345,11 +353,11 @@ def _undocumented_codes(recorder: Any, document: dict[str, Any]) -> Iterator[str
             yield f"{case.method} {case.operation.path}: {answer.status_code} {answer.json()['error']}"
 
 
-def test_the_operator_gets_what_the_document_says(server: Server) -> None:
+def test_responses_to_the_operator_match_the_document(server: Server) -> None:
     assert failures(server, lambda: OPERATOR, **{"include-tag": ["me"]}) == []
 
 
-def test_an_agent_gets_what_the_document_says(server: Server) -> None:
+def test_responses_to_an_agent_match_the_document(server: Server) -> None:
     def header() -> dict[str, str]:
         # A new one each time: some of what it may do is its end.
         agent = requests.post(f"{server.url}/api/agents", json={"name": "an agent"}, headers=OPERATOR).json()

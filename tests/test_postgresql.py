@@ -15,26 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import on_postgresql
 import pytest
 import requests
 import sqlalchemy as sa
-from conftest import (
-    ADMIN_TOKEN,
-    OPERATOR,
-    Clock,
-    Operator,
-    Server,
-    ask_token,
-    copy_instance,
-    engine_of,
-    environment_of,
-    run_command,
-    settings_for,
-)
 from flask import Flask
-from test_deliverer import Receiver, receive  # noqa: F401 - a fixture
-from test_serving import token_body
+from support import postgresql as on_postgresql
+from support.callers import OPERATOR, Operator, ask_token, run_command
+from support.clock import Clock
+from support.instances import ADMIN_TOKEN, copy_instance, engine_of, environment_of, settings_for
+from support.receiver import Receiver
+from support.servers import Server, token_body
 
 import credentials
 import database
@@ -76,7 +66,7 @@ def calm() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", ["", "/deliveries", "/deliveries/%00"])
-def test_what_postgresql_cannot_keep_names_nothing(app: Flask, path: str) -> None:
+def test_an_id_that_postgresql_cannot_store_is_not_found(app: Flask, path: str) -> None:
     answer = app.test_client().get(f"/api/webhooks/%00{path}", headers=OPERATOR)
     assert answer.status_code == 404, answer.text
 
@@ -169,7 +159,7 @@ def test_no_token_of_an_agent_goes_uncounted(hosts: list[Server]) -> None:
 
 def test_webhooks_are_delivered_once_among_hosts(
     hosts: list[Server],
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)
@@ -183,7 +173,7 @@ def test_webhooks_are_delivered_once_among_hosts(
 
 def test_when_a_host_dies_another_delivers(
     hosts: list[Server],
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)
@@ -198,7 +188,7 @@ def test_when_a_host_dies_another_delivers(
 def test_after_a_restart_of_postgresql_no_request_fails(
     hosts: list[Server],
     tmp_path: Path,
-    receive: Callable[..., Receiver],  # noqa: F811
+    receive: Callable[..., Receiver],
 ) -> None:
     receiver = receive()
     subscribe(hosts[0], receiver)
@@ -225,7 +215,7 @@ def test_tokens_are_issued_side_by_side_and_management_waits(app: Flask, operato
     assert not waiting.is_alive()
 
 
-def test_an_event_that_is_committed_after_a_later_one_is_followed_too(
+def test_an_event_committed_out_of_order_is_followed_too(
     app: Flask, operator: Operator, tmp_path: Path
 ) -> None:
     command = [HERE / "lanyard", "events", "tail", "-n", "1"]
@@ -257,7 +247,7 @@ def test_following_events_outlives_a_restart_of_postgresql(operator: Operator, t
         assert "Traceback" not in process.stderr.read()
 
 
-def test_after_a_lock_was_not_had_the_thread_goes_on(
+def test_a_thread_goes_on_after_a_lock_timeout(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 200)
@@ -280,7 +270,7 @@ def test_after_a_lock_was_not_had_the_thread_goes_on(
         assert running.result(5) == [503, 200]
 
 
-def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
+def test_after_a_lock_timeout_others_wait_briefly(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "lock_timeout", 2000)
@@ -298,7 +288,7 @@ def test_once_a_lock_was_not_had_nobody_waits_long_for_it(
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_a_client_that_stops_in_the_middle_of_writing_loses_the_lock(
+def test_a_client_that_stalls_in_a_write_loses_the_lock(
     make_app: Callable[..., Flask], monkeypatch: pytest.MonkeyPatch, exclusive: bool
 ) -> None:
     monkeypatch.setitem(postgresql._SESSION, "idle_in_transaction_session_timeout", 300)
@@ -346,7 +336,7 @@ def test_a_connection_that_ends_when_all_is_read_spoils_no_answer(
     assert not caplog.messages
 
 
-def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
+def test_requests_are_503_while_postgresql_is_down_and_good_after(
     app: Flask,
     operator: Operator,
     tmp_path: Path,
@@ -375,9 +365,7 @@ def test_while_there_is_no_postgresql_all_is_answered_503_and_then_as_before(
     assert "ignored" not in capfd.readouterr().err
 
 
-def test_the_doctor_says_what_must_be_alike_on_all_hosts_and_where_servers_run(
-    app: Flask, tmp_path: Path
-) -> None:
+def test_the_doctor_names_shared_settings_and_running_hosts(app: Flask, tmp_path: Path) -> None:
     with app.app_context():
         db.session.execute(sa.text("SELECT 1"))
     findings = list(doctor.examine(settings_for(tmp_path / "instance", ADMIN_TOKEN="")))
@@ -457,7 +445,7 @@ def test_of_failures_at_the_same_time_none_goes_uncounted(app: Flask, time_machi
         assert (row.clear_at - time_machine.now()).total_seconds() == 40 * credentials.SECRET.pause.seconds
 
 
-def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed(
+def test_transactions_are_read_committed_whatever_the_default(
     make_app: Callable[..., Flask], tmp_path: Path
 ) -> None:
     make_app()
@@ -480,7 +468,7 @@ def test_whatever_the_databases_defaults_are_transactions_read_what_is_committed
     ],
     ids=["database", "user", "server"],
 )
-def test_a_database_that_cannot_be_had_is_one_sentence_without_the_password(
+def test_an_unreachable_database_is_one_sentence_without_password(
     tmp_path: Path, change: Callable[[str], str], told: str
 ) -> None:
     url = change(on_postgresql.url_of(tmp_path)).replace("@/", ":hunter2@/")

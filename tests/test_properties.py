@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jwt
-from conftest import OPERATOR
-from expected import ACCESS_TTL, FAMILY_TTL, ISSUER, REFRESH_TTL, Agent, Family, Grant, Secret
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from support.callers import OPERATOR
+from support.expected import ACCESS_TTL, FAMILY_TTL, ISSUER, REFRESH_TTL, Agent, Family, Grant, Secret
+from support.world import World, asking, assert_refused, hint, plain, signed
 from werkzeug.test import TestResponse
-from world import World, asking, assert_refused, hint, plain, signed
 
 from ops import cleanup
 
@@ -401,5 +401,5 @@ class Life(World):
             cleanup.delete_batch()
 
 
-def test_whatever_happens_two_workers_agree_with_the_model(quick_start: Path) -> None:
-    run_state_machine_as_test(lambda: Life(quick_start))
+def test_two_workers_agree_with_the_model(first_start: Path) -> None:
+    run_state_machine_as_test(lambda: Life(first_start))

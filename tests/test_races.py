@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ADMIN_TOKEN, OPERATOR, Server
+from support.callers import OPERATOR
+from support.instances import ADMIN_TOKEN
+from support.servers import Server
 
 DELAYS = (0, 0, 0.002, 0.005)  # seconds that the first of a pair leaves later, one a try
 SCOPES = ("read", "write")
@@ -249,7 +251,7 @@ def allowed(first: str, second: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for the file: two workers, and agents of their own for every trial."""
-    started = Server(tmp_path_factory.mktemp("races"), BCRYPT_COST="4", ADMIN_TOKEN=ADMIN_TOKEN).wait()
+    started = Server(tmp_path_factory.mktemp("races"), ADMIN_TOKEN=ADMIN_TOKEN).wait()
     yield started
     assert "Traceback" not in started.stop()
 
@@ -264,7 +266,7 @@ PAIRS = list(itertools.combinations_with_replacement(OPERATIONS, 2))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[" and ".join(pair) for pair in PAIRS])
-def test_two_at_once_are_as_one_after_the_other(
+def test_two_concurrent_changes_end_like_one_after_the_other(
     server: Server, pool: ThreadPoolExecutor, first: str, second: str
 ) -> None:
     for delay in DELAYS:

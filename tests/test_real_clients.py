@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jwt
@@ -16,29 +13,13 @@ import pytest
 import requests
 from authlib.integrations.requests_client import OAuth2Session
 from authlib.oauth2.rfc7523 import PrivateKeyJWT
-from conftest import Server
 from joserfc import jwt as joserfc_jwt
 from joserfc.jwk import ECKey, KeySet
 from joserfc.jwt import JWTClaimsRegistry
 from oauthlib.oauth2 import BackendApplicationClient
 from requests_oauthlib import OAuth2Session as RequestsOAuth2Session
-from test_serving import register, token_body
-
-NODE = Path(__file__).parent / "node"
-needs_node = pytest.mark.skipif(
-    not shutil.which("node") or not (NODE / "node_modules").is_dir(),
-    reason="needs node, and `npm ci` in tests/node",
-)
-
-
-@contextmanager
-def running(folder: Path, **variables: Any) -> Iterator[Server]:
-    """A server in local mode that several tests share."""
-    server = Server(folder, LOCAL="1", BCRYPT_COST="4", **variables)
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
+from support.programs import NODE, needs_node
+from support.servers import Server, access_token, issuer_of, register, running
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +40,6 @@ def key() -> ECKey:
 def agent(local: Server, key: ECKey) -> dict[str, Any]:
     """An agent with a secret and a key."""
     return register(local, jwks={"keys": [key.as_dict(private=False)]})
-
-
-def issuer_of(server: Server) -> str:
-    return f"http://localhost:{server.port}"
-
-
-def access_token(server: Server, agent: dict[str, Any]) -> str:
-    answer = requests.post(f"{server.url}/oauth/token", json=token_body(agent))
-    return str(answer.json()["access_token"])
 
 
 def run_node(script: str, *arguments: str, **variables: str) -> Any:
@@ -160,7 +132,7 @@ def test_pyjwts_key_client_sees_no_gap_when_keys_rotate(serve: Callable[..., Ser
 
     def verify(token: str, keys: jwt.PyJWKClient = keys) -> str:
         key = keys.get_signing_key_from_jwt(token)
-        jwt.decode(token, key, ["RS256"], audience=issuer, issuer=issuer)
+        jwt.decode(token, key, ["ES256"], audience=issuer, issuer=issuer)
         return str(key.key_id)
 
     before = access_token(server, agent)

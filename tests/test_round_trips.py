@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import Operator, close, copy_instance, settings_for
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.callers import Operator
+from support.instances import close, copy_instance, settings_for
 
 from app import create_app
 
@@ -53,11 +54,11 @@ UNSAID: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def anybody(tmp_path_factory: pytest.TempPathFactory, quick_start: Path) -> Iterator[Operator]:
+def anybody(tmp_path_factory: pytest.TempPathFactory, first_start: Path) -> Iterator[Operator]:
     """The operator of an instance that all examples share."""
     folder = tmp_path_factory.mktemp("round-trips")
-    copy_instance(quick_start, folder)
-    app = create_app(settings_for(folder, SIGNING_ALG="ES256"), serving=True)
+    copy_instance(first_start, folder)
+    app = create_app(settings_for(folder), serving=True)
     yield Operator(app)
     close(app)
 
@@ -73,7 +74,7 @@ def as_said(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(at_first=said_of_agents, later=said_of_agents, method=st.sampled_from(["PATCH", "PUT"]))
-def test_what_is_said_of_an_agent_is_what_it_shows(
+def test_an_agent_shows_the_fields_it_was_given(
     anybody: Operator, at_first: dict[str, Any], later: dict[str, Any], method: str
 ) -> None:
     made = anybody.call("POST", json=at_first)
@@ -120,7 +121,7 @@ def test_pages_visit_each_agent_once_newest_first(
 
 
 @given(count=st.integers(1, 8), limit=st.integers(1, 4), data=st.data())
-def test_who_comes_or_goes_meanwhile_makes_nobody_else_come_twice_or_never(
+def test_changes_between_pages_repeat_or_hide_no_other_agent(
     anybody: Operator, count: int, limit: int, data: st.DataObject
 ) -> None:
     owner = anybody.create()["agent"]["id"]
@@ -140,7 +141,7 @@ def test_who_comes_or_goes_meanwhile_makes_nobody_else_come_twice_or_never(
 
 
 @given(agent=said_of_agents, data=st.data())
-def test_an_agent_is_found_by_what_is_said_of_it(
+def test_an_agent_is_found_by_its_fields(
     anybody: Operator, agent: dict[str, Any], data: st.DataObject
 ) -> None:
     made = anybody.create(**{"scopes": [], **agent})["agent"]
@@ -161,9 +162,7 @@ def test_an_agent_is_found_by_what_is_said_of_it(
 
 
 @given(held=st.lists(st.sampled_from(["a", "ab", "b", "a:b", "%", "_"]), unique=True), data=st.data())
-def test_a_scope_finds_those_who_hold_it_and_nobody_else(
-    anybody: Operator, held: list[str], data: st.DataObject
-) -> None:
+def test_a_scope_finds_exactly_its_holders(anybody: Operator, held: list[str], data: st.DataObject) -> None:
     owner = anybody.create()["agent"]["id"]
     anybody.create(owner=owner, scopes=held)
     asked = data.draw(st.sampled_from(["a", "ab", "b", "a:b", "%", "_", "B", ":"]))
@@ -172,7 +171,7 @@ def test_a_scope_finds_those_who_hold_it_and_nobody_else(
 
 
 @given(text=line(1, 20), other=line(1, 20))
-def test_what_an_agent_is_not_called_does_not_find_it(anybody: Operator, text: str, other: str) -> None:
+def test_a_text_not_in_its_name_does_not_find_an_agent(anybody: Operator, text: str, other: str) -> None:
     assume(text.casefold() not in other.casefold())
     made = anybody.create(name=other)["agent"]
     found = anybody.call("GET", "?" + urlencode({"q": text, "limit": 200})).json["agents"]

@@ -15,9 +15,10 @@ from typing import Any
 import bcrypt
 import pytest
 import requests
-from conftest import Operator, Server
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import Operator
+from support.servers import Server
 
 import credentials
 
@@ -71,7 +72,7 @@ def test_an_unknown_client_takes_as_long_as_a_wrong_secret(
 
 @pytest.mark.parametrize("secret", ["hunter2", "cs_" + "a" * 57, "rt_" + "a" * 57], ids=str)
 @pytest.mark.parametrize("client_id", ["known", "unknown", "malformed"])
-def test_a_malformed_secret_is_hashed_for_nobody(
+def test_a_malformed_secret_is_never_hashed(
     client: FlaskClient,
     agent: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,

@@ -19,9 +19,9 @@ import jwt
 import pytest
 import requests
 from authlib.integrations.requests_client import OAuth2Session
-from conftest import Server
 from joserfc import jwt as jose
 from joserfc.jwk import ECKey
+from support.servers import Server, register, token_body
 
 from config import HERE
 
@@ -30,25 +30,10 @@ Serve = Callable[..., Server]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One in local mode for the file; each test has agents of its own."""
-    running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", BCRYPT_COST="4")
+    """One in local mode with default algorithm for the file; each test has agents of its own."""
+    running = Server(tmp_path_factory.mktemp("local"), LOCAL="1", SIGNING_ALG="")
     yield running.wait()
     assert "Traceback" not in running.stop()
-
-
-def register(server: Server, **fields: Any) -> dict[str, Any]:
-    body = {"name": "an agent", "scopes": ["read", "write"], **fields}
-    response = requests.post(f"{server.url}/api/agents", json=body)
-    assert response.status_code == 201, response.text
-    return dict(response.json())
-
-
-def token_body(agent: dict[str, Any]) -> dict[str, str]:
-    return {
-        "grant_type": "client_credentials",
-        "client_id": agent["client_id"],
-        "client_secret": agent["client_secret"],
-    }
 
 
 def test_the_walkthrough(local: Server) -> None:
@@ -109,7 +94,7 @@ def test_the_walkthrough(local: Server) -> None:
     assert curl(me, *header)["error"] == "invalid_token"
 
 
-def test_local_mode_says_in_three_lines_where_it_is_who_may_and_what_to_try(serve: Serve) -> None:
+def test_local_mode_prints_its_address_and_a_first_command(serve: Serve) -> None:
     server = serve(LOCAL="1").wait()
     lines = server.stop().splitlines()
     assert len(lines) == 3
@@ -157,9 +142,7 @@ def test_a_bad_setting_stops_the_start_with_one_sentence(serve: Serve) -> None:
     )
 
 
-def test_an_instance_that_cannot_be_written_stops_the_start_with_one_sentence(
-    serve: Serve, tmp_path: Path
-) -> None:
+def test_an_unwritable_instance_stops_the_start_with_one_sentence(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "a-file").touch()
     server = serve(INSTANCE=str(tmp_path / "a-file"))
     assert server.process.wait(20) != 0
@@ -169,7 +152,7 @@ def test_an_instance_that_cannot_be_written_stops_the_start_with_one_sentence(
 
 
 @pytest.mark.sqlite
-def test_a_database_that_is_none_stops_the_start_with_one_sentence(serve: Serve, tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_stops_the_start(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "instance").mkdir()
     (tmp_path / "instance" / "lanyard.db").write_text("this is a letter to my aunt, and no database" * 100)
     server = serve()
@@ -226,7 +209,7 @@ def test_bodies_over_the_limit_are_refused_however_they_come(local: Server) -> N
     ],
     ids=["no body", "half a body", "no chunk size", "a chunk without an end", "a negative chunk"],
 )
-def test_a_body_that_does_not_arrive_whole_does_nothing(local: Server, sent: bytes) -> None:
+def test_an_incomplete_body_changes_nothing(local: Server, sent: bytes) -> None:
     agent = register(local)
     with socket.create_connection(("127.0.0.1", local.port), timeout=10) as connection:
         path = f"/api/agents/{agent['agent']['id']}/rotate"
@@ -261,7 +244,7 @@ def each_worker(server: Server, call: Callable[[], requests.Response], times: in
     return {call().status_code for _ in range(times)}
 
 
-def test_what_one_worker_ends_is_dead_in_all(local: Server) -> None:
+def test_a_secret_or_token_ended_in_one_worker_is_dead_in_all(local: Server) -> None:
     agent = register(local)
     url = f"{local.url}/api/agents/{agent['agent']['id']}"
 
@@ -284,7 +267,7 @@ def test_what_one_worker_ends_is_dead_in_all(local: Server) -> None:
     assert each_worker(local, use) == each_worker(local, ask) == {401}
 
 
-def test_twelve_uses_of_one_refresh_token_have_one_winner_at_most_and_end_the_family(local: Server) -> None:
+def test_twelve_uses_of_one_refresh_token_have_one_winner_at_most(local: Server) -> None:
     agent = register(local)
     for _ in range(5):
         token = requests.post(f"{local.url}/oauth/token", json=token_body(agent)).json()
@@ -304,7 +287,7 @@ def test_twelve_uses_of_one_refresh_token_have_one_winner_at_most_and_end_the_fa
             assert requests.post(f"{local.url}/oauth/refresh", json=following).status_code == 400
 
 
-def test_a_rotation_of_the_signing_key_under_load_fails_no_verification(
+def test_a_key_rotation_under_load_fails_no_verification(
     serve: Serve,
 ) -> None:
     server = serve(LOCAL="1").wait()
@@ -321,7 +304,7 @@ def test_a_rotation_of_the_signing_key_under_load_fails_no_verification(
                     "access_token"
                 ]
                 key = keys.get_signing_key_from_jwt(token)
-                jwt.decode(token, key, algorithms=["RS256"], audience=issuer, issuer=issuer)
+                jwt.decode(token, key, algorithms=["ES256"], audience=issuer, issuer=issuer)
                 header = {"Authorization": f"Bearer {token}"}
                 assert session.get(f"{server.url}/api/agents/me", headers=header).status_code == 200
                 verified += 1

@@ -7,9 +7,10 @@ from typing import Any
 
 import bcrypt
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_token, bearer
 from flask import Flask
 from flask.testing import FlaskClient
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.clock import Clock
 from werkzeug.test import TestResponse
 
 import credentials
@@ -171,7 +172,7 @@ def manage(client: FlaskClient, token: str, address: str = "127.0.0.1") -> int:
     return client.get("/api/agents", headers=headers, environ_overrides={"REMOTE_ADDR": address}).status_code
 
 
-def test_guesses_at_the_admin_token_are_throttled_before_they_are_compared(client: FlaskClient) -> None:
+def test_guesses_at_the_admin_token_are_throttled(client: FlaskClient) -> None:
     assert [manage(client, f"guess-{i}") for i in range(51)] == [401] * 50 + [429]
     right = OPERATOR["Authorization"].removeprefix("Bearer ")
     assert manage(client, right) == 429

@@ -41,7 +41,7 @@ class Server:
         command = [sys.executable, "-m", "gunicorn", "wsgi:app"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=HERE.parent, env=env, stdout=log, stderr=log, start_new_session=True
+                command, cwd=HERE.parents[1], env=env, stdout=log, stderr=log, start_new_session=True
             )
         return self
 

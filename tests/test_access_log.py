@@ -16,10 +16,11 @@ from typing import Any
 import jwt
 import pytest
 import requests
-from conftest import OPERATOR, Operator, Server, ask_token, bearer
 from flask import Flask, g
 from flask.testing import FlaskClient
 from joserfc.jwk import ECKey
+from support.callers import OPERATOR, Operator, ask_token, bearer
+from support.servers import Server
 
 from ops import access_log
 
@@ -48,7 +49,7 @@ def lines(log: io.StringIO) -> Lines:
     return lambda: [json.loads(line) for line in log.getvalue().splitlines()]
 
 
-def test_a_line_tells_who_asked_what_and_how_it_went(client: FlaskClient, lines: Lines) -> None:
+def test_a_line_names_caller_route_and_status(client: FlaskClient, lines: Lines) -> None:
     response = client.get("/api/agents?q=night", headers={**OPERATOR, "X-Request-Id": "deploy-7"})
     (line,) = lines()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line.pop("time"))
@@ -94,7 +95,7 @@ def test_errors_have_a_line_too(
     assert known.items() <= line.items()
 
 
-def test_a_path_is_told_where_what_it_names_was_found(
+def test_a_path_is_logged_only_where_a_route_matched(
     client: FlaskClient, operator: Operator, lines: Lines
 ) -> None:
     agent_id = operator.create()["agent"]["id"]
@@ -106,9 +107,7 @@ def test_a_path_is_told_where_what_it_names_was_found(
 
 
 @pytest.mark.parametrize("headers", [OPERATOR, {}], ids=["operator", "anyone"])
-def test_what_stands_in_a_path_by_mistake_is_never_told(
-    app: Flask, log: io.StringIO, headers: dict[str, str]
-) -> None:
+def test_a_secret_in_a_path_is_never_logged(app: Flask, log: io.StringIO, headers: dict[str, str]) -> None:
     client = app.test_client()
     rules = [rule for rule in app.url_map.iter_rules() if rule.arguments]
     assert len(rules) > 15
@@ -131,7 +130,7 @@ def test_no_line_can_be_forged(make_app: Callable[..., Flask], capsys: pytest.Ca
     assert [json.loads(line)["status"] for line in told.split("\n")[:-1]] == [404, 200]
 
 
-def test_without_the_setting_nothing_is_logged_and_no_request_pays(
+def test_without_the_setting_no_request_is_logged(
     make_app: Callable[..., Flask], capsys: pytest.CaptureFixture[str]
 ) -> None:
     app = make_app()
@@ -140,7 +139,7 @@ def test_without_the_setting_nothing_is_logged_and_no_request_pays(
     assert access_log._log_request not in app.after_request_funcs[None]
 
 
-def test_a_warning_tells_its_request_and_forges_no_line(app: Flask) -> None:
+def test_a_warning_names_its_request_and_forges_no_line(app: Flask) -> None:
     record = logging.makeLogRecord({"msg": "one\n2026-01-01 two\r\x85three", "levelname": "WARNING"})
     with app.test_request_context():
         g.request_id = "deploy-7"

@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 import pytest
 from authlib.oauth2.rfc8414 import AuthorizationServerMetadata
-from conftest import OPERATOR
 from flask import Flask
 from flask.testing import FlaskClient
-from test_tokens import refused
+from support.callers import OPERATOR, refused
 
 WELL_KNOWN = ["oauth-authorization-server", "openid-configuration", "oauth-protected-resource", "jwks.json"]
 
 
-def test_the_metadata_is_true_to_what_is_offered(client: FlaskClient) -> None:
+def test_the_metadata_matches_the_endpoints(client: FlaskClient) -> None:
     methods = ["client_secret_basic", "client_secret_post", "private_key_jwt"]
     algorithms = ["RS256", "PS256", "ES256", "EdDSA"]
     here = "http://localhost:8080"
@@ -54,7 +53,7 @@ def test_openid_clients_find_the_same_document(client: FlaskClient) -> None:
     assert documents[0] == documents[1]
 
 
-def test_an_issuer_with_a_path_has_its_metadata_where_rfc_8414_puts_it(
+def test_an_issuer_with_a_path_has_its_rfc_8414_metadata_url(
     make_app: Callable[..., Flask],
 ) -> None:
     issuer = "https://id.example.com/lanyard/one"
@@ -83,7 +82,7 @@ def test_the_protected_resource_names_its_authorization_server(client: FlaskClie
     assert document["bearer_methods_supported"] == ["header"]
 
 
-def test_every_bearer_failure_tells_where_to_ask(client: FlaskClient) -> None:
+def test_every_bearer_failure_names_the_resource_metadata(client: FlaskClient) -> None:
     for headers in ({}, {"Authorization": "Bearer guess"}):
         challenge = client.get("/api/agents", headers=headers).headers["WWW-Authenticate"]
         assert "/.well-known/oauth-protected-resource" in challenge
@@ -105,7 +104,7 @@ def test_the_etag_of_the_keys_changes_with_them(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_there_is_nobody_to_ask_for_authorization(client: FlaskClient, method: str) -> None:
+def test_the_authorization_endpoint_refuses_every_request(client: FlaskClient, method: str) -> None:
     response = client.open(
         "/oauth/authorize?response_type=code&client_id=x&redirect_uri=https://a", method=method
     )

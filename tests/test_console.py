@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import chromium
 import pytest
-from conftest import Server
 from flask.testing import FlaskClient
+from support import chromium
+from support.servers import Server, running
 
 CREATE = "#operations-agents-create_agent"
 
@@ -42,9 +42,10 @@ def test_the_policy_lets_no_inline_script_run(client: FlaskClient) -> None:
     assert not re.search(r"<script>|\son\w+=|https?://", response.text)
 
 
-@pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
-    return serve(LOCAL="1", WORKERS="1", SIGNING_ALG="ES256").wait()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("server"), WORKERS="1") as server:
+        yield server
 
 
 @pytest.fixture(params=[1280, 390])

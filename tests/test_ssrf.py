@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OPERATOR
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask.testing import FlaskClient
+from support.callers import OPERATOR
 
 from webhooks import ssrf
 
@@ -32,12 +32,12 @@ INSIDE = [
 
 
 @pytest.mark.parametrize("address", INSIDE)
-def test_an_address_inside_is_not_public(address: str) -> None:
+def test_a_private_address_is_not_public(address: str) -> None:
     assert not ssrf.is_public(address)
 
 
 @pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"])
-def test_an_address_outside_is_public(address: str) -> None:
+def test_a_public_address_is_public(address: str) -> None:
     assert ssrf.is_public(address)
 
 
@@ -71,7 +71,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("url", SPELLINGS)
-def test_a_host_inside_is_refused_at_creation_however_it_is_spelt(client: FlaskClient, url: str) -> None:
+def test_a_private_host_is_refused_at_creation_in_any_spelling(client: FlaskClient, url: str) -> None:
     body = {"name": "x", "url": url, "events": ["*"]}
     response = client.post("/api/webhooks", json=body, headers=OPERATOR)
     assert response.status_code == 400, response.text
@@ -79,7 +79,7 @@ def test_a_host_inside_is_refused_at_creation_however_it_is_spelt(client: FlaskC
 
 
 @pytest.mark.parametrize("address", INSIDE[:-2])
-def test_every_address_inside_is_refused_at_creation(client: FlaskClient, address: str) -> None:
+def test_every_private_address_is_refused_at_creation(client: FlaskClient, address: str) -> None:
     host = f"[{address}]" if ":" in address else address
     body = {"name": "x", "url": f"https://{host}/", "events": ["*"]}
     response = client.post("/api/webhooks", json=body, headers=OPERATOR)
@@ -98,7 +98,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("address", INSIDE[:-2])
-def test_a_name_that_leads_inside_by_now_is_refused_at_delivery(
+def test_a_name_that_resolves_to_a_private_address_is_refused(
     answers: Callable[..., None], address: str
 ) -> None:
     target = ssrf.parse("https://hooks.example.com/", allow_private=False)
@@ -143,7 +143,7 @@ def post(receiver: Receiver) -> ssrf.Response:
     return ssrf.post(target, "127.0.0.1", b"{}", {"webhook-id": "evt_1"})
 
 
-def test_the_address_that_was_checked_is_dialled_under_the_hosts_name() -> None:
+def test_the_checked_address_is_dialled_under_the_hosts_name() -> None:
     receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
     assert post(receiver) == ssrf.Response(200, "ok", None)
     assert b"POST /hook HTTP/1.1\r\n" in receiver.heard
@@ -182,7 +182,7 @@ def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
     [b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", b"\r\n"],
     ids=["a chunk of -1", "a chunk of -5", "no length"],
 )
-def test_however_much_a_receiver_says_little_is_heard(endless: bytes) -> None:
+def test_a_long_answer_is_read_to_a_limit(endless: bytes) -> None:
     sent = 0
 
     def flood(connection: socket.socket) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, close, copy_instance, settings_for
-from expected import ISSUER, Agent, Grant, Secret, written
 from hypothesis.stateful import RuleBasedStateMachine, invariant
+from support.callers import OPERATOR
+from support.clock import Clock
+from support.expected import ISSUER, Agent, Grant, Secret, written
+from support.instances import close, copy_instance, settings_for
 from werkzeug.test import TestResponse
 
 import models
@@ -29,7 +31,7 @@ class World(RuleBasedStateMachine):
         self.patch.setattr(models, "time", self.clock)
         self.folder = Path(tempfile.mkdtemp(dir=first_start.parent))
         copy_instance(first_start, self.folder)
-        settings = settings_for(self.folder, SIGNING_ALG="ES256", EVENT_RETENTION_DAYS="3650")
+        settings = settings_for(self.folder, EVENT_RETENTION_DAYS="3650")
         self.workers = [create_app(settings, serving=True) for _ in range(2)]
         self.clients = cycle([worker.test_client() for worker in self.workers])
         # Each call comes from an address of its own: throttling is tested elsewhere.

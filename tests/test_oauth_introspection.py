@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token, bearer
 from flask.testing import FlaskClient
 from joserfc import jwt
 from joserfc.jwk import ECKey
-from test_access import basic
-from test_bearer import STRANGE_TOKENS
-from test_tokens import FORM, refused
+from support.callers import FORM, OPERATOR, Operator, ask_refresh, ask_token, basic, bearer, refused
+from support.clock import Clock
+from support.strange_tokens import STRANGE_TOKENS
 from werkzeug.test import TestResponse
 
 INACTIVE = {"active": False}
@@ -257,7 +256,7 @@ def test_a_revoked_access_token_is_dead_and_its_refresh_token_lives(
     assert ask_refresh(client, token["refresh_token"]).status_code == 200
 
 
-def test_a_revoked_refresh_token_takes_its_family_and_their_access_tokens(
+def test_revoking_a_refresh_token_ends_its_whole_family(
     client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
     other = ask_token(client, agent).json
@@ -291,7 +290,7 @@ def test_an_agent_with_the_admin_scope_revokes_any_token(
     assert introspect(client, token[kind]).json == INACTIVE
 
 
-def test_a_refresh_token_that_refreshes_nothing_is_inactive(
+def test_a_refresh_token_that_would_be_refused_is_inactive(
     client: FlaskClient, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
     operator.patch(agent, scopes=["read"])

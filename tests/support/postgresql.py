@@ -1,4 +1,4 @@
-"""Runs the tests on a real PostgreSQL, started for them alone: `on_postgresql.py [pytest's arguments]`.
+"""Run the tests on a real PostgreSQL that is started for them: `postgresql.py [pytest's arguments]`.
 
 As a module it gives each instance folder of the tests a database of its own there.
 """

@@ -12,13 +12,13 @@ from typing import Any
 import bcrypt
 import pytest
 from authlib.oauth2.rfc7523 import PrivateKeyJWT
-from conftest import Clock, Operator, ask_refresh, ask_token
 from flask.testing import FlaskClient
 from joserfc import jwt
 from joserfc.errors import BadSignatureError
 from joserfc.jwk import ECKey, Key, OctKey, OKPKey, RSAKey
 from joserfc.jws import JWSRegistry
-from test_tokens import FORM, refused
+from support.callers import FORM, Operator, ask_refresh, ask_token, refused
+from support.clock import Clock
 from werkzeug.test import TestResponse
 
 import credentials
@@ -46,7 +46,7 @@ def test_basic_credentials_are_percent_decoded(client: FlaskClient, agent: dict[
     assert ask_basic(client, *escaped).status_code == 200
 
 
-def test_basic_credentials_with_the_client_id_repeated_in_the_body_work(
+def test_the_client_id_may_be_repeated_beside_basic_credentials(
     client: FlaskClient, agent: dict[str, Any]
 ) -> None:
     response = ask_basic(client, agent["client_id"], agent["client_secret"], client_id=agent["client_id"])
@@ -126,7 +126,7 @@ def test_a_strange_authorization_header_is_refused(client: FlaskClient, header: 
     refused(response, 401, "invalid_client")
 
 
-def test_only_who_proved_the_secret_learns_that_the_agent_is_off(
+def test_only_the_right_secret_reveals_that_the_agent_is_off(
     client: FlaskClient, operator: Operator, agent: dict[str, Any]
 ) -> None:
     operator.act(agent, "deactivate")
@@ -484,7 +484,7 @@ def test_a_jwks_is_a_set_of_keys(operator: Operator, jwks: object) -> None:
     assert (response.status_code, list(response.json["fields"])) == (400, ["jwks"])
 
 
-def test_of_a_key_only_what_verifying_needs_is_kept(operator: Operator, key: Key) -> None:
+def test_only_the_public_members_of_a_key_are_kept(operator: Operator, key: Key) -> None:
     deep: list[Any] = []
     for _ in range(900):
         deep = [deep]

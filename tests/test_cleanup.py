@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import OPERATOR, Clock, Operator, ask_refresh, ask_token
 from flask import Flask
 from flask.testing import FlaskClient
-from test_database import lock
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token
+from support.clock import Clock
+from support.instances import lock
 
 from models import Base, db
 from ops import cleanup
@@ -34,7 +35,7 @@ def rows(app: Flask, table: str) -> int:
         return int(db.session.scalar(count) or 0)
 
 
-def test_what_has_expired_is_deleted_a_batch_at_a_time(
+def test_expired_rows_are_deleted_a_batch_at_a_time(
     app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
     agent = operator.create()
@@ -71,7 +72,7 @@ def test_what_is_good_stays(app: Flask, client: FlaskClient, operator: Operator,
     assert ask_refresh(client, token["refresh_token"]).status_code == 200
 
 
-def test_under_a_constant_load_nothing_piles_up(
+def test_expired_rows_do_not_accumulate_under_constant_load(
     app: Flask, client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
     agent = operator.create()
@@ -102,7 +103,7 @@ def test_a_sweep_does_not_wait_long_for_another_writer(app: Flask, tmp_path: Pat
         assert cleanup.delete_batch() is False
 
 
-def test_a_database_that_is_locked_delays_the_sweep_and_nothing_else(
+def test_a_locked_database_delays_the_sweep_only(
     app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> bool:

@@ -6,8 +6,8 @@ import json
 from typing import Any
 from urllib.parse import quote, quote_from_bytes
 
-from conftest import ADMIN_TOKEN
 from hypothesis import strategies as st
+from support.instances import ADMIN_TOKEN
 
 AGENT = {
     *("id", "client_id", "name", "description", "owner", "metadata", "scopes", "audiences", "is_active"),
