@@ -341,8 +341,8 @@ def test_a_redelivery_asked_for_during_an_attempt_is_still_to_come(
     Operator(app).create()
     (parcel,) = parcels(app)
     time_machine.advance(seconds=1)
-    (delivery,) = deliveries(client, hook)
-    path = f"/{hook['webhook']['id']}/deliveries/{delivery['id']}/redeliver"
+    (shown,) = deliveries(client, hook)
+    path = f"/{hook['webhook']['id']}/deliveries/{shown['id']}/redeliver"
     assert call(client, "POST", path).status_code == 202
     with app.app_context():
         delivery._settle(parcel, Outcome(500, "", None, None))

@@ -13,8 +13,7 @@ from support.callers import OPERATOR, Operator, ask_token, bearer
 from support.clock import Clock
 from support.hooks import URL, call, create, deliveries, parcels, settle
 
-import events
-from models import Delivery, Webhook, db
+from models import EVENT_GROUPS, EVENT_TYPES, Delivery, Webhook, db
 from ops import cleanup
 
 
@@ -60,7 +59,7 @@ def test_a_bad_field_is_named(client: FlaskClient, fields: dict[str, Any], named
 
 def test_event_types_and_groups_are_listed(client: FlaskClient) -> None:
     listed = client.get("/api/webhook-events", headers=OPERATOR).json
-    assert listed == {"events": list(events.TYPES), "groups": list(events.GROUPS)}
+    assert listed == {"events": list(EVENT_TYPES), "groups": list(EVENT_GROUPS)}
 
 
 @pytest.mark.parametrize("method", ["PATCH", "PUT"])
