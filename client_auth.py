@@ -102,13 +102,13 @@ class AuthenticationFailed(InvalidClientError):
 class Client(ClientMixin):
     """An agent as Authlib's client, read from the database at `now`, for one request."""
 
-    def __init__(self, row: Any, now: datetime) -> None:
+    def __init__(self, row: Any, now: datetime, family_id: str | None = None) -> None:
         self.row = row
         self.now = now
         # The audiences of the token to issue; the grant sets them.
         self.audiences: list[str] = []
         # A refresh reads the client with its family; client_credentials starts a family.
-        self.family_id: str = getattr(row, "family_id", None) or credentials.new_family_id()
+        self.family_id: str = family_id or credentials.new_family_id()
 
     def get_client_id(self) -> str:
         return str(self.row.client_id)

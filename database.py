@@ -120,6 +120,7 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, prepare: Cal
     storage = backend(settings)
     app.config["SQLALCHEMY_DATABASE_URI"] = storage.url(settings)
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
+        "pool_reset_on_return": None,  # `writing` ends its transactions itself, too
         "isolation_level": "AUTOCOMMIT",  # `writing` begins its transactions itself
         "pool_size": POOL_SIZE,
         "max_overflow": 0,

@@ -47,6 +47,8 @@ _GENERATE: dict[str, Callable[[], Key]] = {
 }
 _ALGORITHMS = credentials.Algorithms(algorithms=tuple(_GENERATE))
 
+_READ_NEWEST = sa.select(NEWEST_KEY)
+
 
 class ParsedKey(NamedTuple):
     """A signing key as a process remembers it: parsing takes longer than signing."""
@@ -135,7 +137,7 @@ def _find_key(signature: GuestProtocol) -> KeySet:
 def published() -> bytes:
     """Return the JWKS: the public halves of all keys that are not gone (RFC 7517 §5)."""
     with reading() as connection:
-        newest = connection.scalar(sa.select(NEWEST_KEY))
+        newest = connection.scalar(_READ_NEWEST)
     return json.dumps(KeySet(_published(_known_keys(newest or 0))).as_dict(private=False)).encode()
 
 

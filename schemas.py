@@ -211,6 +211,10 @@ class Response(Schema):
     class Meta:
         unknown = EXCLUDE  # later versions may add fields
 
+    def get_attribute(self, obj: Any, attr: str, default: Any) -> Any:
+        # Marshmallow would index a database row by the name first, and raise, for each field.
+        return obj.get(attr, default) if isinstance(obj, Mapping) else getattr(obj, attr, default)
+
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
         # For the document: Marshmallow ignores `required` in output.
         field_obj.required = not field_obj.metadata.get("optional")

@@ -181,7 +181,7 @@ def find_by_refresh_token(text: str) -> Client | None:
         return None
     with reading() as connection:
         row = connection.execute(_BY_FAMILY, {"family": family_id}).first()
-    return Client(row, now()) if row and row.family_expires_at > now() else None
+    return Client(row, now(), family_id) if row and row.family_expires_at > now() else None
 
 
 def _is_newest(client: Client, text: str) -> bool:

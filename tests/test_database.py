@@ -173,7 +173,8 @@ import gevent, greenlet
 import sqlalchemy as sa
 from app import create_app
 from config import HERE
-from conftest import OPERATOR, Operator, ask_refresh, ask_token, settings_for
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token
+from support.instances import settings_for
 from models import db
 from storage import sqlite
 

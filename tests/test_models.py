@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from cryptography.fernet import Fernet
 from flask import Flask
 from support.callers import Operator, ask_token
-from support.hooks import create, parcels
+from support.hooks import create, due_deliveries
 from support.instances import close, contents, engine_of, settings_for
 
 from app import create_app
@@ -29,7 +29,7 @@ def test_with_a_secret_key_no_key_or_secret_is_stored_in_clear(
     assert secret.encode() not in files
     assert b'"qi"' not in files
     with app.app_context():
-        assert decrypt(parcels(app)[0].secrets[0], (key,)) == secret
+        assert decrypt(due_deliveries(app)[0].secret, (key,)) == secret
 
 
 def test_without_a_secret_key_they_are_stored_in_clear(
@@ -52,7 +52,7 @@ def test_the_first_of_several_secret_keys_encrypts(make_app: Callable[..., Flask
         app = make_app(SECRET_KEY=keys, **place)
         Operator(app).create()
         with app.app_context():
-            (sealed,) = {s for parcel in parcels(app) for s in parcel.secrets}
+            (sealed,) = {attempt.secret for attempt in due_deliveries(app)}
             assert (sealed != secret, decrypt(sealed, tuple(keys.split(",")))) == (True, secret)
         assert ask_token(app.test_client(), Operator(app).create()).status_code == 200
     for wrong in ("", old):
