@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -247,10 +248,11 @@ def rotate_key(now: bool, as_json: bool) -> None:
 @click.option("--follow/--no-follow", default=True, help="Wait for new events.")
 def tail_events(lines: int, follow: bool) -> None:
     """Print the last events, then new ones, as one JSON object a line, oldest first."""
+    if follow:
+        # Ctrl-C is the usual way to end it. As an exception it may be lost in a finalizer, which goes on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _tail(lines, follow)
-    except KeyboardInterrupt:
-        pass  # the usual way to end it
     except BrokenPipeError:
         # Python flushes standard output once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

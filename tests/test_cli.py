@@ -316,4 +316,5 @@ def test_following_events_ends_quietly(environment: dict[str, str], how: str) ->
             time.sleep(0.05)
         ended = process.poll()
         process.kill()
-        assert (ended, process.stderr.read()) == (0, "")
+        assert ended == (-signal.SIGINT if how == "Ctrl-C" else 0)
+        assert process.stderr.read() == ""
