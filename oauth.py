@@ -359,7 +359,7 @@ well_known_bp = Blueprint("well_known", __name__, description="Discovery")
 
 @well_known_bp.get("/.well-known/oauth-authorization-server")
 @well_known_bp.get("/.well-known/openid-configuration", endpoint="openid_configuration")
-@well_known_bp.cached(oauth_schemas.ServerMetadata)
+@well_known_bp.cached({"type": "object", "description": "RFC 8414 §2"})
 def authorization_server() -> Response:
     """Get the authorization server's metadata (RFC 8414).
 
@@ -369,7 +369,7 @@ def authorization_server() -> Response:
 
 
 @well_known_bp.get("/.well-known/oauth-protected-resource")
-@well_known_bp.cached(oauth_schemas.ResourceMetadata)
+@well_known_bp.cached({"type": "object", "description": "RFC 9728 §2"})
 def protected_resource() -> Response:
     """Get the metadata of Lanyard's own API (RFC 9728): which server issues its tokens."""
     document = {

@@ -131,36 +131,3 @@ class KeySet(Response):
     """The public keys of access tokens, past and next ones included."""
 
     keys = fields.List(fields.Nested(PublicKey))
-
-
-_STRINGS = fields.List(fields.String())
-
-
-class ServerMetadata(Response):
-    """What the authorization server offers (RFC 8414 §2)."""
-
-    issuer = fields.String()
-    authorization_endpoint = fields.String()
-    token_endpoint = fields.String()
-    jwks_uri = fields.String()
-    introspection_endpoint = fields.String()
-    revocation_endpoint = fields.String()
-    response_types_supported = _STRINGS
-    grant_types_supported = _STRINGS
-    token_endpoint_auth_methods_supported = _STRINGS
-    token_endpoint_auth_signing_alg_values_supported = _STRINGS
-    introspection_endpoint_auth_methods_supported = _STRINGS
-    introspection_endpoint_auth_signing_alg_values_supported = _STRINGS
-    revocation_endpoint_auth_methods_supported = _STRINGS
-    revocation_endpoint_auth_signing_alg_values_supported = _STRINGS
-
-
-class ResourceMetadata(Response):
-    """The authorization server of Lanyard's own API (RFC 9728 §2)."""
-
-    resource = fields.String()
-    resource_name = fields.String()
-    authorization_servers = _STRINGS
-    jwks_uri = fields.String()
-    scopes_supported = _STRINGS
-    bearer_methods_supported = _STRINGS
