@@ -164,7 +164,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield start
     for server in running:
-        server.stop()
+        server.kill()
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         with nginx(folder, port, server.port):
             yield Proxy(url, port, str(folder / "certificate.pem"), server, token)
     finally:
-        server.stop()
+        server.kill()
 
 
 @through_nginx

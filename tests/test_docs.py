@@ -189,7 +189,7 @@ def test_nginx_serves_it_under_a_path(tmp_path: Path) -> None:
             assert session.get(metadata["jwks_uri"]).json()["keys"]
             assert session.get(f"{base}/metrics", headers=operator).status_code == 404
     finally:
-        server.stop()
+        server.kill()
 
 
 # Verifiers

@@ -31,7 +31,7 @@ def lanyard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
         yield server.wait()
     finally:
-        server.stop()
+        server.kill()
 
 
 @pytest.fixture(scope="module")

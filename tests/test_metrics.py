@@ -329,7 +329,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two workers."""
     server = Server(tmp_path_factory.mktemp("running"), LOCAL="1").wait()
     yield server
-    server.stop()
+    server.kill()
 
 
 def files_of(server: Server) -> Path:

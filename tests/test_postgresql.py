@@ -54,7 +54,7 @@ def hosts(tmp_path: Path, first_start: Path) -> Iterator[list[Server]]:
         started.append(Server(tmp_path / name, **variables))
     yield [server.wait() for server in started]
     for server in started:
-        server.stop()
+        server.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,12 @@ class Server:
         self.process.wait(20)
         return self.log.read_text()
 
+    def kill(self) -> None:
+        """End it at once, where its stop is not the subject."""
+        for pid in [self.process.pid, *self.workers()] if self.process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait(20)
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -97,7 +104,7 @@ def running(folder: Path, **variables: Any) -> Iterator[Server]:
     try:
         yield server.wait()
     finally:
-        server.stop()
+        server.kill()
 
 
 def issuer_of(server: Server) -> str:
