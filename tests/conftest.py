@@ -39,7 +39,7 @@ _EXAMPLES["suppress_health_check"] = [HealthCheck.too_slow, HealthCheck.data_too
 hypothesis_settings.register_profile(
     "short", max_examples=8, stateful_step_count=25, derandomize=True, **_EXAMPLES
 )
-hypothesis_settings.register_profile("long", max_examples=100, stateful_step_count=50, **_EXAMPLES)
+hypothesis_settings.register_profile("long", max_examples=40, stateful_step_count=40, **_EXAMPLES)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
