@@ -362,7 +362,7 @@ def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:
     if query["q"] is not None:
         columns = (Agent.name, Agent.description, Agent.owner)
         matches = [column.icontains(query["q"], autoescape=True) for column in columns]
-        if credentials.begins_client_id(query["q"]):
+        if credentials.is_client_id_prefix(query["q"]):
             matches.append(Agent.client_id.startswith(query["q"], autoescape=True))
         filters.append(sa.or_(*matches))
     return filters

@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     config.init_app(app, settings)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # its redirects are HTML
-    metrics.init_app(app)  # first: it starts the clock of each request
+    metrics.init_app(app)  # first: it records each request's start time
     # Before local mode may refuse a request, which has an id and a log line too.
     access_log.init_app(app, settings)
     events.init_app(app)
@@ -127,10 +127,10 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
         keys.ensure_signing_key(connection, follow_setting=serving)
         outdated = database.outdated_secrets(connection)
         # A second running server may lack the newest encryption key.
-        if is_first and database.encrypt_again(connection, outdated):
-            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: nothing starts without it.")
+        if is_first and database.reencrypt(connection, outdated):
+            log.warning("LANYARD_SECRET_KEY now encrypts stored secrets: no server starts without it.")
         elif serving and not is_first and outdated:
-            log.warning("Another server runs: secrets are encrypted anew once a server starts alone.")
+            log.warning("Another server runs: stored secrets keep the old key until a server starts alone.")
 
 
 # An empty path is this one (RFC 9110 §4.2.3); werkzeug would redirect it, in HTML.
@@ -161,7 +161,7 @@ def about() -> dict[str, Any]:
 @bp.get("/health")
 @bp.response(200, schemas.Status)
 def health() -> dict[str, str]:
-    """Answer 200 while the process lives."""
+    """Answer 200 while the process runs."""
     return {"status": "ok"}
 
 
@@ -169,7 +169,7 @@ def health() -> dict[str, str]:
 @bp.response(200, schemas.Status)
 @bp.errors(503)
 def ready() -> dict[str, str]:
-    """Answer 200 when the database gives a write lock and there is a signing key."""
+    """Answer 200 when the write lock can be taken and there is a signing key."""
     with database.writing(durable=False) as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
         if newest is None:
@@ -234,7 +234,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(DBAPIError, _answer_database_error)
     app.register_error_handler(sa.exc.TimeoutError, _answer_database_error)  # of the connection pool
     app.register_error_handler(DecryptionError, _answer_decryption_error)
-    app.register_error_handler(Exception, _answer_crash)
+    app.register_error_handler(Exception, _answer_unexpected_error)
 
 
 def _answer_problem(problem: Problem) -> ResponseReturnValue:
@@ -256,7 +256,7 @@ def _answer_http_error(error: HTTPException) -> ResponseReturnValue:
 
 def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> ResponseReturnValue:
     if not database.is_transient(error):
-        return _answer_crash(error)
+        return _answer_unexpected_error(error)
     log.error("The database does not answer: %s.", database.error_text(error))
     return _answer_problem(_unavailable("The database does not answer just now. Try again shortly.", 1))
 
@@ -267,8 +267,8 @@ def _answer_decryption_error(error: DecryptionError) -> ResponseReturnValue:
     return _answer_problem(_unavailable("This server is not set up to answer. Its log says why.", 60))
 
 
-def _answer_crash(error: Exception) -> ResponseReturnValue:
-    log.error("A request crashed.", exc_info=error)
+def _answer_unexpected_error(error: Exception) -> ResponseReturnValue:
+    log.error("Unhandled exception in a request.", exc_info=error)
     return _answer_problem(Problem(500, "server_error", "Lanyard failed to answer. Its log says why."))
 
 

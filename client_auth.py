@@ -69,7 +69,7 @@ _BY_SECRET = (
     .where(Agent.client_id == bindparam("client_id"))
 )
 _BY_CLIENT_ID = sa.select(*COLUMNS, Agent.jwks).where(Agent.client_id == bindparam("client_id"))
-_SPEND_ASSERTION = (
+_USE_ASSERTION = (
     insert(SpentAssertion)
     .from_select(
         ["agent_pk", "jti_hash", "expires_at"],
@@ -82,7 +82,7 @@ _SPEND_ASSERTION = (
 
 
 class AuthenticationFailed(InvalidClientError):
-    """RFC 6749 §5.2 `invalid_client`, always 401; one text, so that nobody learns which clients exist.
+    """RFC 6749 §5.2 `invalid_client`, always 401; one text, which does not reveal which clients exist.
 
     :param reason: the label under which the failure is counted.
     """
@@ -242,12 +242,12 @@ class ClientAssertion(JWTBearerClientAssertion):
         except AuthenticationFailed:
             raise
         except (InvalidClientError, ValueError, TypeError, RecursionError):
-            raise _bad_assertion() from None
+            raise _assertion_error() from None
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
         if not client.row.jwks:
-            raise _bad_assertion()
+            raise _assertion_error()
         return KeySet.import_key_set(client.row.jwks)
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class ClientAssertion(JWTBearerClientAssertion):
                 continue
             self.verify_claims(token.claims)
             return token.claims
-        raise _bad_assertion()
+        raise _assertion_error()
 
     def verify_claims(self, claims: dict[str, Any]) -> None:
         """Check the claims (RFC 7523 §3) and bound their lifetime.
@@ -274,18 +274,18 @@ class ClientAssertion(JWTBearerClientAssertion):
         try:
             JWTClaimsRegistry(moment, self.leeway, **rules).validate(claims)
         except JoseError as error:
-            raise _bad_assertion(error.description.removesuffix(".")) from None
+            raise _assertion_error(error.description.removesuffix(".")) from None
         # One audience only: an assertion made for another server must not work here too.
         ours = (settings().issuer, settings().url("/oauth/token"))
         if claims["aud"] not in (*ours, *([audience] for audience in ours)):
-            raise _bad_assertion("aud must be the issuer or the token endpoint, and nothing else")
+            raise _assertion_error("aud must be the issuer or the token endpoint, and nothing else")
         if claims["iss"] != claims["sub"]:
-            raise _bad_assertion("iss and sub must both be the client_id")
+            raise _assertion_error("iss and sub must both be the client_id")
         ends_at = self._end(claims)
         if moment >= ends_at + self.leeway or ends_at > moment + ASSERTION_TTL + self.leeway:
-            raise _bad_assertion(f"it is valid for {ASSERTION_TTL} seconds at most")
+            raise _assertion_error(f"it is valid for {ASSERTION_TTL} seconds at most")
         if not self.validate_jti(claims, claims["jti"]):
-            raise _bad_assertion("its jti was used before")
+            raise _assertion_error("its jti was used before")
 
     @staticmethod
     def _end(claims: dict[str, Any]) -> int:
@@ -300,13 +300,13 @@ class ClientAssertion(JWTBearerClientAssertion):
             "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
         }
         with writing(exclusive=False) as connection:
-            return connection.execute(_SPEND_ASSERTION, spent).rowcount == 1
+            return connection.execute(_USE_ASSERTION, spent).rowcount == 1
 
     def authenticate_client(self, client: Client) -> Client:
         return client  # every agent with keys, whatever its registered method
 
 
-def _bad_assertion(fault: str | None = None) -> AuthenticationFailed:
+def _assertion_error(fault: str | None = None) -> AuthenticationFailed:
     """Return the refusal of an assertion, with one text for all that is checked before the signature."""
     text = "Client authentication failed: check the client id and the key that signs."
     if fault:

@@ -39,7 +39,7 @@ _CLIENT_SECRET = re.compile(r"cs_([A-Za-z0-9_-]{8})[A-Za-z0-9_-]{43}([A-Za-z0-9_
 # rt_ + the id of the family (128 random bits, 22) + 256 random bits (43).
 _REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
 # Verified secrets that a process remembers, by digests with its own key.
-MOST_REMEMBERED = 16_384
+VERIFIED_CACHE_SIZE = 16_384
 _KEY = secrets.token_bytes(32)
 
 
@@ -83,7 +83,7 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None
 
 
-def begins_client_id(text: str) -> bool:
+def is_client_id_prefix(text: str) -> bool:
     """Whether the text starts a client id and is long enough to identify it: four random characters."""
     return len(text) >= 8 and text.startswith("cid_")
 
@@ -134,7 +134,7 @@ def new_client_secret(bcrypt_cost: int) -> NewSecret:
     hint = secrets.token_urlsafe(6)
     body = f"cs_{hint}{secrets.token_urlsafe(32)}"
     text = body + _checksum(body)
-    return NewSecret(text, hint, _run(bcrypt.hashpw, text.encode(), bcrypt.gensalt(bcrypt_cost)))
+    return NewSecret(text, hint, _run_bcrypt(bcrypt.hashpw, text.encode(), bcrypt.gensalt(bcrypt_cost)))
 
 
 def client_secret_hint(text: str) -> str | None:
@@ -166,34 +166,34 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
     )
     if is_right and stored:  # a failure is never remembered
         remembered[stored] = keyed
-        if len(remembered) > MOST_REMEMBERED:
+        if len(remembered) > VERIFIED_CACHE_SIZE:
             remembered.popitem(last=False)
     return is_right
 
 
 def _matches(secret: str, stored: bytes | None) -> bool:
-    if not _turn.acquire(blocking=stored is not None):
+    if not _bcrypt_lock.acquire(blocking=stored is not None):
         raise Throttled(1)  # others wait, and this secret matches nothing
     try:
         # The second hash matches nothing; with it an unknown client costs what a known one does.
         hashed = stored or bcrypt.gensalt(settings().bcrypt_cost) + b"." * 31
-        matches: bool = _run(bcrypt.checkpw, secret.encode(), hashed)
+        matches: bool = _run_bcrypt(bcrypt.checkpw, secret.encode(), hashed)
     finally:
-        _turn.release()
+        _bcrypt_lock.release()
     return matches and stored is not None
 
 
-_turn = threading.Lock()  # one hash at a time: bcrypt takes tens of milliseconds of a core
+_bcrypt_lock = threading.Lock()  # one hash at a time: bcrypt takes tens of milliseconds of a core
 
 
 @cache  # not made before a worker is forked: gevent's pools drop what is queued when they notice the fork
-def _thread() -> Executor:
+def _bcrypt_executor() -> Executor:
     """Return one native thread, also where gevent makes greenlets of Python's threads."""
     is_patched = monkey.is_module_patched("threading")
     return threadpool.ThreadPoolExecutor(1) if is_patched else ThreadPoolExecutor(1, "bcrypt")
 
 
-def _run(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
+def _run_bcrypt(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
     """Run bcrypt so that the kernel prefers all other threads: most requests need no bcrypt."""
 
     def run() -> Any:
@@ -201,7 +201,7 @@ def _run(work: Callable[[bytes, bytes], Any], *arguments: bytes) -> Any:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         return work(*arguments)
 
-    return _thread().submit(run).result()
+    return _bcrypt_executor().submit(run).result()
 
 
 def _checksum(body: str) -> str:

@@ -20,7 +20,7 @@ from storage import postgresql, sqlite
 StoredSecret = tuple[sa.Column[str], int, str]  # column, the row's `pk`, the value as stored
 
 # What to do about some errors, by SQLSTATE (PostgreSQL manual, appendix A).
-_HELP = {
+_REMEDIES = {
     "3D000": "make it with createdb",
     "42501": "the role must own the database: ALTER DATABASE … OWNER TO …",
 }
@@ -33,7 +33,7 @@ ENCRYPTED = [
 
 # Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
 # process wait briefly, or they would take all pooled connections from the readers.
-_is_stuck = threading.Event()
+_lock_timed_out = threading.Event()
 _LOCKED = "55P03"  # PostgreSQL's lock_not_available
 
 POOL_SIZE = 10  # connections of one process; a request holds one for milliseconds
@@ -47,7 +47,7 @@ def backend(settings: Settings) -> ModuleType:
 
 @contextmanager
 def reading() -> Iterator[sa.Connection]:
-    """Lend a pooled connection on which every statement sees what is committed when it starts.
+    """Yield a pooled connection on which every statement sees what is committed when it starts.
 
     Inside `writing` it is that transaction's: requests that wait for the write lock may hold all others.
     """
@@ -73,7 +73,7 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
     """
     if "writing" in g:
         raise RuntimeError("writing() inside writing(): pass the outer transaction's connection on")
-    patient = patient and not _is_stuck.is_set()
+    patient = patient and not _lock_timed_out.is_set()
     with db.engine.connect() as connection, connection.begin():
         try:
             backend(settings()).begin_writing(
@@ -81,9 +81,9 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
             )
         except sa.exc.DBAPIError as error:
             if patient and getattr(error.orig, "sqlstate", _LOCKED) == _LOCKED:
-                _is_stuck.set()
+                _lock_timed_out.set()
             raise
-        _is_stuck.clear()
+        _lock_timed_out.clear()
         g.writing = connection
         try:
             yield connection
@@ -139,7 +139,7 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, prepare: Cal
             if settings.uses_sqlite:
                 sqlite.open_database(settings)
             prepare(is_first)
-        # gunicorn forks after this: no connection may cross the fork.
+        # gunicorn forks after this: no connection may be shared with a child process.
         db.engine.dispose()
 
 
@@ -156,7 +156,7 @@ def error_text(error: Any) -> str:
     # An error of connecting has no code.
     is_missing = "database" in text and text.endswith("does not exist")
     code = "3D000" if is_missing else getattr(cause, "sqlstate", None)
-    return f"{text}; {_HELP[code]}" if code in _HELP else text
+    return f"{text}; {_REMEDIES[code]}" if code in _REMEDIES else text
 
 
 def outdated_secrets(connection: sa.Connection) -> list[StoredSecret]:
@@ -171,7 +171,7 @@ def outdated_secrets(connection: sa.Connection) -> list[StoredSecret]:
     return [row for row in secrets if keys and not is_encrypted(row[2], keys[:1])]
 
 
-def encrypt_again(connection: sa.Connection, outdated: list[StoredSecret]) -> bool:
+def reencrypt(connection: sa.Connection, outdated: list[StoredSecret]) -> bool:
     """Encrypt the given secrets with the first key; return whether any was unencrypted."""
     keys = settings().secret_keys
     for column, pk, stored in outdated:

@@ -170,6 +170,7 @@ def _local_lines(url: str) -> list[str]:
     body = """'{"name": "my-first-agent", "scopes": ["read"]}'"""
     return [
         "Local mode: the management API is open to this machine, and to this machine only.",
+        f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER).",
         f"Try: curl -X POST {url}/api/agents -H 'Content-Type: application/json' -d {body}",
     ]
 

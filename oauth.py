@@ -42,24 +42,27 @@ _NEVER_IN_QUERY = ("client_id", "client_secret", "client_assertion", "refresh_to
 bp = Blueprint("oauth", __name__, description="Tokens", security=BY_CLIENT)
 
 _BAD_TARGET = "The resource is not one of this agent's audiences."
-_BAD_GRANT_TYPE = "The grant types here are client_credentials and refresh_token."
+_GRANT_ERRORS_TYPE = "The grant types here are client_credentials and refresh_token."
 # Examples for the OpenAPI document.
-_BAD_GRANT = {
+_GRANT_ERRORS = {
     "invalid_grant": "The refresh token is unknown, expired, revoked or already used.",
     "invalid_scope": "The scope asks for more than this agent has.",
     "invalid_target": _BAD_TARGET,
-    "unsupported_grant_type": _BAD_GRANT_TYPE,
+    "unsupported_grant_type": _GRANT_ERRORS_TYPE,
 }
-_BAD_CLIENT = {"invalid_client": "Client authentication failed: check client_id and client_secret."}
-_BAD_CALLER = {**_BAD_CLIENT, "invalid_token": "The access token has expired, was revoked or is malformed."}
+_CLIENT_ERRORS = {"invalid_client": "Client authentication failed: check client_id and client_secret."}
+_CALLER_ERRORS = {
+    **_CLIENT_ERRORS,
+    "invalid_token": "The access token has expired, was revoked or is malformed.",
+}
 
 
 @bp.post("/oauth/token")
 @bp.form(oauth_schemas.TokenRequest, oauth_schemas.Token)
-@bp.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_BAD_GRANT)
-@bp.errors(401, **_BAD_CLIENT)
+@bp.errors(400, invalid_request="Send grant_type: client_credentials or refresh_token.", **_GRANT_ERRORS)
+@bp.errors(401, **_CLIENT_ERRORS)
 def token() -> Any:
-    """Trade client credentials or a refresh token for an access token.
+    """Exchange client credentials or a refresh token for an access token.
 
     ---
     The steps of a token request:
@@ -77,13 +80,13 @@ def token() -> Any:
 
 @bp.post("/oauth/refresh")
 @bp.form(oauth_schemas.RefreshRequest, oauth_schemas.Token)
-@bp.errors(400, invalid_request="Send refresh_token.", **_BAD_GRANT)
-@bp.errors(401, **_BAD_CLIENT)
+@bp.errors(400, invalid_request="Send refresh_token.", **_GRANT_ERRORS)
+@bp.errors(401, **_CLIENT_ERRORS)
 def refresh() -> Any:
-    """Trade a refresh token for new tokens, without naming the grant type."""
+    """Exchange a refresh token for new tokens, without naming the grant type."""
     token_request = TokenRequest()
     if token_request.form.setdefault("grant_type", "refresh_token") != "refresh_token":
-        raise OAuth2Error(_BAD_GRANT_TYPE, error="unsupported_grant_type")
+        raise OAuth2Error(_GRANT_ERRORS_TYPE, error="unsupported_grant_type")
     return state().oauth_server.create_token_response(token_request)
 
 
@@ -91,7 +94,7 @@ def refresh() -> Any:
 @bp.doc(security=BY_ANY)
 @bp.form(oauth_schemas.TokenParameter, oauth_schemas.Introspected)
 @bp.errors(400, invalid_request="Send token.")
-@bp.errors(401, **_BAD_CALLER)
+@bp.errors(401, **_CALLER_ERRORS)
 def introspect() -> Any:
     """Introspect a token (RFC 7662)."""
     return state().oauth_server.create_endpoint_response("introspection", TokenRequest())
@@ -101,7 +104,7 @@ def introspect() -> Any:
 @bp.doc(security=BY_ANY)
 @bp.form(oauth_schemas.TokenParameter, oauth_schemas.Revoked)
 @bp.errors(400, invalid_request="Send token.", invalid_grant="The token is another agent's.")
-@bp.errors(401, **_BAD_CALLER)
+@bp.errors(401, **_CALLER_ERRORS)
 def revoke() -> Any:
     """Revoke a token (RFC 7009)."""
     return state().oauth_server.create_endpoint_response("revocation", TokenRequest())
@@ -165,7 +168,7 @@ class Server(AuthorizationServer):
         try:
             return super().get_token_grant(request)
         except UnsupportedGrantTypeError:  # its text repeats the caller's
-            raise OAuth2Error(_BAD_GRANT_TYPE, error="unsupported_grant_type") from None
+            raise OAuth2Error(_GRANT_ERRORS_TYPE, error="unsupported_grant_type") from None
 
     def authenticate_client(
         self, request: OAuth2Request, methods: list[str], endpoint: str = "token"
@@ -242,7 +245,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
 
 
 def _requested_audiences(request: OAuth2Request) -> list[str]:
-    # The issuer, which identifies this server in RFC 9728, stands for its audience.
+    # The issuer, which identifies this server in RFC 9728, is accepted in place of its audience.
     own = {settings().issuer: settings().audience}
     return list(dict.fromkeys(own.get(name, name) for name in request.form.get("resource", ())))
 

@@ -137,7 +137,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
     :raises AuthenticationFailed: when the agent was deactivated since it was authenticated.
     """
     with writing(durable=False, exclusive=False) as connection:
-        if not _count(connection, client, issued=1):
+        if not _count_token(connection, client, issued=1):
             raise AuthenticationFailed(reason="inactive_agent")
         family = {
             **_token_columns(client, token),
@@ -202,7 +202,7 @@ def rotate_family(client: Client, token: dict[str, Any]) -> None:
         values = {**_token_columns(client, token), "family": old.family_id, "old_hash": old.family_token_hash}
         values["expires_at"] = min(values["expires_at"], old.family_ends_at)
         if connection.execute(_NEXT_TOKEN, values).rowcount == 1:
-            if not _count(connection, client, refreshed=1):
+            if not _count_token(connection, client, refreshed=1):
                 raise _invalid_refresh_token()
             events.record(
                 connection, "token.refreshed", client.row, scope=token["scope"], audience=client.audiences
@@ -222,7 +222,7 @@ def _token_columns(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(connection: sa.Connection, client: Client, *, issued: int = 0, refreshed: int = 0) -> bool:
+def _count_token(connection: sa.Connection, client: Client, *, issued: int = 0, refreshed: int = 0) -> bool:
     """Count a token; return False when its agent was deactivated, or its tokens ended, meanwhile."""
     counts = {"agent": client.row.pk, "issued": issued, "refreshed": refreshed}
     version = {"version": client.row.token_version, "now": client.now}
@@ -230,7 +230,7 @@ def _count(connection: sa.Connection, client: Client, *, issued: int = 0, refres
         return False
     connection.execute(_COUNT_IN_DAY, counts | {"day": client.now.date()})
     is_limited = client.row.rate_limit is not None
-    if is_limited and connection.execute(_COUNT_IN_MINUTE, _minute(client)).rowcount != 1:
+    if is_limited and connection.execute(_COUNT_IN_MINUTE, _rate_limit_parameters(client)).rowcount != 1:
         _refuse_over_limit(connection, client)
     return True
 
@@ -240,7 +240,7 @@ def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
 
     :raises Problem: 429.
     """
-    row = connection.execute(_READ_LIMIT, _minute(client)).first()
+    row = connection.execute(_READ_LIMIT, _rate_limit_parameters(client)).first()
     if row and not row.is_under_limit:
         left = row.minute_began_at + MINUTE - client.now
         raise Problem(
@@ -251,7 +251,7 @@ def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
         )
 
 
-def _minute(client: Client) -> dict[str, Any]:
+def _rate_limit_parameters(client: Client) -> dict[str, Any]:
     return {
         "agent": client.row.pk,
         "now": client.now,

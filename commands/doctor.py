@@ -314,7 +314,7 @@ def _check_webhooks(connection: sa.Connection, settings: Settings) -> Results:
         try:
             ssrf.parse(url, allow_private=settings.webhook_allow_private)
         except ssrf.Refused as refusal:
-            found.append(f"{name!r} gets nothing: {refusal}")
+            found.append(f"{name!r} gets nothing, unless the server has LANYARD_LOCAL=1: {refusal}")
     dead = sa.select(Webhook.id, sa.func.count()).join(Delivery).where(Delivery.status == "dead")
     found += [
         f"{count} deliveries are dead: ./lanyard webhooks deliveries {id_} --status dead"

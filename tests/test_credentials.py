@@ -136,7 +136,7 @@ def test_an_unknown_client_costs_the_same_bcrypt(
 def test_the_memory_is_bounded(
     verify: Callable[..., bool], bcrypt_checks: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(credentials, "MOST_REMEMBERED", 2)
+    monkeypatch.setattr(credentials, "VERIFIED_CACHE_SIZE", 2)
     made = [make() for _ in range(3)]
     for secret in [*made, *made[1:], made[0]]:
         assert verify(secret.text, secret.hash)

@@ -365,8 +365,8 @@ def test_many_dead_hosts_leave_room_for_a_healthy_one(app: Flask, client: FlaskC
         due = busy._due()
         busy._in_flight = {attempt.pk: attempt for attempt in due}
         assert busy._due() == [], "the other dead hosts wait for these"
-    assert sum(attempt.url.endswith("/healthy") for attempt in due) == delivery.IN_FLIGHT_EACH
-    assert len(due) == delivery.IN_FLIGHT_EACH + delivery.IN_FLIGHT_FAILING
+    assert sum(attempt.url.endswith("/healthy") for attempt in due) == delivery.MAX_IN_FLIGHT_EACH
+    assert len(due) == delivery.MAX_IN_FLIGHT_EACH + delivery.MAX_IN_FLIGHT_FAILING
 
 
 def test_five_days_of_failures_disable_the_webhook(
@@ -398,7 +398,7 @@ def test_one_webhook_never_takes_all_slots(app: Flask, client: FlaskClient) -> N
     create(client, events=["agent.created"], name="quiet", url="http://localhost:9/quiet")
     Operator(app).create()
     due = due_deliveries(app)
-    assert sum(attempt.url == URL for attempt in due) == delivery.IN_FLIGHT_EACH
+    assert sum(attempt.url == URL for attempt in due) == delivery.MAX_IN_FLIGHT_EACH
     assert sum(attempt.url != URL for attempt in due) == 1
 
 
@@ -406,9 +406,9 @@ def test_a_failing_webhook_has_one_slot_until_a_success(app: Flask, client: Flas
     create(client, events=["agent.created"])
     for _ in range(20):
         Operator(app).create()
-    assert settle(app, 500) == delivery.IN_FLIGHT_EACH
+    assert settle(app, 500) == delivery.MAX_IN_FLIGHT_EACH
     assert settle(app, 200) == 1
-    assert settle(app, 200) == delivery.IN_FLIGHT_EACH
+    assert settle(app, 200) == delivery.MAX_IN_FLIGHT_EACH
 
 
 def test_the_address_is_checked_again_at_delivery(

@@ -87,7 +87,7 @@ def test_stored_secrets_are_not_encrypted_while_another_server_runs(
         close(app)
     make_app(SECRET_KEY=key)
     assert {text[:7] for text in stored_secrets(tmp_path / "instance")} == {"fernet:"}
-    assert "nothing starts without it" in caplog.text
+    assert "no server starts without it" in caplog.text
 
 
 def test_a_server_without_the_secret_key_is_not_ready(

@@ -61,7 +61,7 @@ def hosts(tmp_path: Path, first_start: Path) -> Iterator[list[Server]]:
 def calm() -> Iterator[None]:
     """What a test broke makes the next one's app impatient, which is of the same process."""
     yield
-    database._is_stuck.clear()
+    database._lock_timed_out.clear()
     postgresql._is_silent.clear()
 
 

@@ -97,14 +97,14 @@ def test_the_walkthrough(local: Server) -> None:
 def test_local_mode_prints_its_address_and_a_first_command(serve: Serve) -> None:
     server = serve(LOCAL="1").wait()
     lines = server.stop().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert server.url in lines[0]
     assert "management API is open to this machine" in lines[1]
-    assert lines[2].startswith(f"Try: curl -X POST {server.url}/api/agents ")
+    assert lines[3].startswith(f"Try: curl -X POST {server.url}/api/agents ")
 
 
 def test_the_first_curl_it_suggests_works(local: Server) -> None:
-    command = local.log.read_text().splitlines()[2].removeprefix("Try: ")
+    command = local.log.read_text().splitlines()[3].removeprefix("Try: ")
     answer = subprocess.check_output(command, shell=True, text=True, stderr=subprocess.DEVNULL)  # noqa: S602
     assert "client_secret" in answer
 

@@ -23,7 +23,7 @@ from database import backend, error_text, is_transient, reading, writing
 from models import Delivery, Event, Webhook, decrypt, now
 from storage import postgresql, sqlite
 from webhooks import ssrf
-from webhooks.routes import WITHOUT_SECRETS, record
+from webhooks.routes import WITHOUT_SECRETS, record_event
 
 log = logging.getLogger("lanyard")
 
@@ -32,11 +32,11 @@ RETRY_DELAYS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 RETRY_JITTER = 0.2  # at most this part more, so that deliveries that failed together are not retried together
 FAILING_FOR = timedelta(days=5)  # without a success: the webhook is deactivated
 GONE = 410
-IN_FLIGHT = 32
-IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver does not delay the others
+MAX_IN_FLIGHT = 32
+MAX_IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver does not delay the others
 # A webhook whose last attempt failed gets one slot; all failing webhooks together get half, so that
 # many unreachable hosts do not delay the others either.
-IN_FLIGHT_FAILING = 16
+MAX_IN_FLIGHT_FAILING = 16
 POLL_INTERVAL = 0.2  # seconds between reads of the outbox
 LEASE_INTERVAL = 1.0  # seconds between attempts to take over from a process that has ended
 ERROR_PAUSE = 30.0  # seconds without new attempts after the outbox could not be read or written
@@ -123,7 +123,7 @@ class Deliverer:
         return has_lease
 
     def _deliver(self) -> None:
-        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="delivery") as pool:
+        with ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="delivery") as pool:
             while not self._stopping.is_set() and self._has_lease():
                 try:
                     with self._app.app_context():
@@ -145,10 +145,10 @@ class Deliverer:
         due: list[Any] = []
         with reading() as connection:
             for webhook_pk, failing_since in _webhooks_due(connection):
-                free, most = IN_FLIGHT - len(in_flight) - len(due), IN_FLIGHT_EACH
+                free, most = MAX_IN_FLIGHT - len(in_flight) - len(due), MAX_IN_FLIGHT_EACH
                 if failing_since is not None:
                     failing = sum(delivery.failing_since is not None for delivery in [*in_flight, *due])
-                    free, most = min(free, IN_FLIGHT_FAILING - failing), 1
+                    free, most = min(free, MAX_IN_FLIGHT_FAILING - failing), 1
                 slots = min(free, most - per_webhook[webhook_pk])
                 if slots > 0:
                     excluded = Delivery.pk.not_in([delivery.pk for delivery in in_flight])
@@ -270,7 +270,7 @@ def _update_failing(connection: sa.Connection, webhook: Any, outcome: Outcome) -
     if reason and webhook.is_active:
         changes |= {"is_active": False, "disabled_reason": reason}
         data: dict[str, Any] = {"changed": ["is_active"], "disabled_reason": reason}
-        record(connection, "webhook.updated", webhook.id, webhook.name, **data)
+        record_event(connection, "webhook.updated", webhook.id, webhook.name, **data)
     connection.execute(sa.update(Webhook).where(Webhook.pk == webhook.pk).values(changes))
 
 

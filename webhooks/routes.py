@@ -53,7 +53,7 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
     row |= {"max_retries": MAX_RETRIES, **fields}
     with writing() as connection:
         # Recorded before the insert: a webhook is not notified of its own creation.
-        record(connection, "webhook.created", webhook_id, fields["name"])
+        record_event(connection, "webhook.created", webhook_id, fields["name"])
         webhook = connection.execute(sa.insert(Webhook).values(row).returning(*WITHOUT_SECRETS)).one()
     return {"webhook": webhook, "secret": secret}, 201, {"Location": f"/api/webhooks/{webhook.id}"}
 
@@ -97,7 +97,7 @@ def delete_webhook(webhook_id: str) -> None:
     with writing() as connection:
         webhook = _find(connection, webhook_id)
         connection.execute(sa.delete(Webhook).where(Webhook.pk == webhook.pk))
-        record(connection, "webhook.deleted", webhook.id, webhook.name)
+        record_event(connection, "webhook.deleted", webhook.id, webhook.name)
 
 
 @bp.post("/webhooks/<webhook_id>/rotate")
@@ -122,7 +122,7 @@ def test_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Send a webhook a test event, whatever it subscribes to."""
     with writing() as connection:
         webhook = _find_active(connection, webhook_id)
-        event_pk = record(connection, "webhook.test", webhook.id, webhook.name, only_webhook=webhook.pk)
+        event_pk = record_event(connection, "webhook.test", webhook.id, webhook.name, only_webhook=webhook.pk)
         delivery = connection.execute(_DELIVERIES.where(Delivery.event_pk == event_pk)).one()
     return {"delivery": delivery}
 
@@ -224,10 +224,10 @@ def _change(webhook_id: str, changed: list[str], **columns: Any) -> Any:
         pk = _find(connection, webhook_id).pk
         statement = sa.update(Webhook).where(Webhook.pk == pk).values(columns).returning(*WITHOUT_SECRETS)
         webhook = connection.execute(statement).one()
-        record(connection, "webhook.updated", webhook.id, webhook.name, changed=changed)
+        record_event(connection, "webhook.updated", webhook.id, webhook.name, changed=changed)
     return webhook
 
 
-def record(connection: sa.Connection, event: str, webhook_id: str, name: str, **data: Any) -> int:
+def record_event(connection: sa.Connection, event: str, webhook_id: str, name: str, **data: Any) -> int:
     """Record an event about a webhook; return its number."""
     return events.record(connection, event, webhook_id=webhook_id, webhook_name=name, **data)
