@@ -78,6 +78,7 @@ _USE_ASSERTION = (
         ).where(Agent.client_id == bindparam("client_id")),
     )
     .on_conflict_do_nothing()
+    .returning(SpentAssertion.agent_pk)
 )
 
 
@@ -300,7 +301,7 @@ class ClientAssertion(JWTBearerClientAssertion):
             "expires_at": datetime.fromtimestamp(self._end(claims) + self.leeway, UTC),
         }
         with writing(exclusive=False) as connection:
-            return connection.execute(_USE_ASSERTION, spent).rowcount == 1
+            return connection.execute(_USE_ASSERTION, spent).first() is not None
 
     def authenticate_client(self, client: Client) -> Client:
         return client  # every agent with keys, whatever its registered method

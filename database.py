@@ -145,6 +145,8 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, prepare: Cal
 
 def is_transient(error: Exception) -> bool:
     """Whether a database error ends by itself or when the operator acts: locked, full, restarting."""
+    if isinstance(error, sa.exc.TimeoutError):
+        return True  # every connection of the pool is in use
     cause = getattr(error, "orig", error)
     return sqlite.is_transient(cause) if isinstance(cause, sqlite3.Error) else postgresql.is_transient(cause)
 

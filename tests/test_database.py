@@ -25,7 +25,7 @@ from support.instances import contents, lock, settings_for
 import models
 from app import create_app
 from config import HERE
-from database import reading, writing
+from database import is_transient, reading, writing
 from models import Agent, SigningKey, db
 from storage import postgresql, sqlite
 
@@ -295,3 +295,7 @@ def test_no_connection_crosses_a_fork(app: Flask) -> None:
     with app.app_context():
         assert isinstance(db.engine.pool, sa.QueuePool)
         assert db.engine.pool.checkedin() == 0
+
+
+def test_a_pool_without_a_free_connection_is_a_passing_fault() -> None:
+    assert is_transient(sa.exc.TimeoutError("QueuePool limit reached"))

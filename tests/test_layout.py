@@ -16,7 +16,7 @@ from config import HERE
 FOLDERS = ("webhooks", "console", "ops", "storage", "migrations", "commands")
 # Each floor imports from those before it only. A folder counts as one.
 FLOORS = (
-    {"config", "models", "api", "storage", "counters"},
+    {"config", "models", "api", "storage"},
     {"database", "schemas"},
     {"credentials", "events", "migrations", "oauth_schemas"},
     {"keys", "client_auth", "agents", "webhooks"},
