@@ -52,8 +52,6 @@ def read_body() -> None:
     :raises Problem: 400, when the body is incomplete or malformed.
     :raises RequestEntityTooLarge: when it is longer than MAX_BODY.
     """
-    if request.method in ("GET", "HEAD", "OPTIONS"):
-        return
     length = request.content_length
     if length is not None and length > MAX_BODY:
         raise RequestEntityTooLarge

@@ -127,8 +127,17 @@ def post_request(worker: Any, request: Any, environ: Any, response: Any) -> None
     """Yield: a connection with many pipelined requests would block the worker's other connections."""
     worker.in_progress -= 1
     request.timeout.close()
+    if not _is_read(request.body):
+        request.force_close()
     # Not 0: gevent would look for data on the other connections after 50 such sleeps only.
     gevent.sleep(1e-6)
+
+
+def _is_read(body: Any) -> bool:
+    """Whether a body ends within 64 KiB and two seconds: gunicorn would read any length without yielding."""
+    with suppress(Exception), gevent.Timeout(2, False):
+        return len(body.read(65_536)) < 65_536
+    return False
 
 
 def _exit_when_idle(worker: Any) -> None:

@@ -197,6 +197,23 @@ def test_clients_that_pipeline_and_read_nothing_do_not_stop_the_others(server: S
         assert slowest_of(server, 20) < 1
 
 
+@pytest.mark.parametrize(
+    ("head", "block"),
+    [
+        (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000000000\r\n\r\n", b"a" * 500_000),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000000000\r\n\r\n", b"a" * 500_000),
+        (CHUNKED, b"1\r\na\r\n" * 100_000),
+        (CHUNKED.replace(b"POST", b"GET"), b"1\r\na\r\n" * 100_000),
+    ],
+    ids=["POST", "GET", "chunked POST", "chunked GET"],
+)
+def test_a_body_without_an_end_is_not_read_to_it(server: Server, head: bytes, block: bytes) -> None:
+    with connect(server, head) as connection, pytest.raises(ConnectionError):
+        for _ in range(200):  # 100 MB
+            connection.sendall(block)
+    assert slowest_of(server, 5) < 1
+
+
 def test_200_idle_connections_do_not_stop_the_others(server: Server) -> None:
     with ExitStack() as open_connections:
         for _ in range(200):
