@@ -70,7 +70,9 @@ _COUNT_IN_MINUTE = (
         minute_count=sa.case((_IS_NEW_MINUTE, 1), else_=Agent.minute_count + 1),
     )
 )
-_USE_SECRET = sa.update(ClientSecret).where(ClientSecret.pk == bindparam("secret")).values(last_used_at=_NOW)
+_IS_VALID_SECRET = sa.and_(ClientSecret.pk == bindparam("secret"), ClientSecret.valid(_NOW))
+_READ_SECRET = sa.select(ClientSecret.pk).where(_IS_VALID_SECRET)
+_USE_SECRET = sa.update(ClientSecret).where(_IS_VALID_SECRET).values(last_used_at=_NOW)
 _NEW_FAMILY = sa.insert(RefreshFamily)
 _BY_FAMILY = (
     sa.select(
@@ -134,11 +136,13 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
 
     A power cut may undo this: the agent still has its credentials and asks again (SECURITY.md).
 
-    :raises AuthenticationFailed: when the agent was deactivated since it was authenticated.
+    :raises AuthenticationFailed: when the agent or its secret has ended since it was authenticated.
     """
     with writing(durable=False, exclusive=False) as connection:
         if not _count_token(connection, client, issued=1):
             raise AuthenticationFailed(reason="inactive_agent")
+        if not _use_secret(connection, client):
+            raise AuthenticationFailed(reason="wrong_secret")
         family = {
             **_token_columns(client, token),
             "id": client.family_id,
@@ -147,10 +151,18 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             "ends_at": client.now + FAMILY_TTL,
         }
         connection.execute(_NEW_FAMILY, family)
-        secret_pk = getattr(client.row, "secret_pk", None)  # None after an assertion
-        if secret_pk is not None and client.row.last_used_at != client.now:
-            connection.execute(_USE_SECRET, {"secret": secret_pk, "now": client.now})
         events.record(connection, "token.issued", client.row, scope=token["scope"], audience=client.audiences)
+
+
+def _use_secret(connection: sa.Connection, client: Client) -> bool:
+    """Store the use of the secret; return False when it has ended since it was checked."""
+    secret_pk = getattr(client.row, "secret_pk", None)
+    if secret_pk is None:
+        return True  # an assertion
+    secret = {"secret": secret_pk, "now": now()}
+    if client.row.last_used_at == client.now:
+        return connection.scalar(_READ_SECRET, secret) is not None
+    return connection.execute(_USE_SECRET, secret).rowcount == 1
 
 
 def use_refresh_token(text: str) -> Client:

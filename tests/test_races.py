@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import requests
-from support.callers import OPERATOR
+from flask import Flask
+from support.callers import OPERATOR, Operator, ask_token, refused
 from support.instances import ADMIN_TOKEN
 from support.servers import Server
+
+import credentials
 
 DELAYS = (0, 0, 0.002, 0.005)  # seconds that the first of a pair leaves later, one a try
 SCOPES = ("read", "write")
@@ -275,3 +278,15 @@ def test_two_concurrent_changes_end_like_one_after_the_other(
         two = pool.submit(trial.fire, second, "two", 0)
         outcome = {"one": one.result(), "two": two.result(), **trial.seen()}
         assert outcome in allowed(first, second)
+
+
+def test_a_secret_that_ends_while_it_is_checked_gets_no_token(app: Flask, operator: Operator) -> None:
+    agent = operator.create()
+    secret_id = operator.call("GET", f"/{agent['agent']['id']}/secrets").json["secrets"][0]["id"]
+    with ThreadPoolExecutor(1) as pool:
+        with credentials._bcrypt_lock:
+            asked = pool.submit(ask_token, app.test_client(), agent)
+            time.sleep(0.3)
+            assert not asked.done()
+            assert operator.call("DELETE", f"/{agent['agent']['id']}/secrets/{secret_id}").status_code == 204
+        refused(asked.result(10), 401, "invalid_client")
