@@ -158,16 +158,19 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
         return True
     name = client_id if is_client_id(client_id) else "-"
     hint = client_secret_hint(secret)
-    is_right = throttle(
+    if not stored:
         # A malformed secret matches nothing: refuse it without bcrypt.
-        lambda: hint is not None and _matches(secret, stored),
-        f"{name} {hint}" if stored else name,
-        known=stored is not None,
-    )
-    if is_right and stored:  # a failure is never remembered
-        remembered[stored] = keyed
-        if len(remembered) > VERIFIED_CACHE_SIZE:
-            remembered.popitem(last=False)
+        return throttle(lambda: hint is not None and _matches(secret, None), name, known=False)
+    # One at a time for each secret and address, so that the failures before are counted, and so that many
+    # wrong secrets delay nobody else.
+    with _turns[hash((stored, request.remote_addr)) % len(_turns)]:
+        if hmac.compare_digest(remembered.get(stored, b""), keyed):
+            return True
+        is_right = throttle(lambda: _matches(secret, stored), f"{name} {hint}", known=True)
+        if is_right:  # a failure is never remembered
+            remembered[stored] = keyed
+            if len(remembered) > VERIFIED_CACHE_SIZE:
+                remembered.popitem(last=False)
     return is_right
 
 
@@ -183,6 +186,7 @@ def _matches(secret: str, stored: bytes | None) -> bool:
     return matches and stored is not None
 
 
+_turns = [threading.Lock() for _ in range(256)]
 _bcrypt_lock = threading.Lock()  # one hash at a time: bcrypt takes tens of milliseconds of a core
 
 
@@ -222,9 +226,11 @@ ADDRESS = Limit(200, timedelta(seconds=1))
 
 _READ = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
 _CLEAR_AT = bindparam("clear_at", type_=Timestamp)
-_NOW, _LATEST = bindparam("now", type_=Timestamp), bindparam("latest", type_=Timestamp)
+_NOW, _MOST, _LATEST = (bindparam(name, type_=Timestamp) for name in ("now", "most", "latest"))
 _IS_CURRENT = FailedSignIns.clear_at.between(_NOW, _LATEST)
 _LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("seconds", type_=sa.BigInteger)
+# Failures at the same time must not lead beyond the time after which the clock is taken to be set back.
+_LATER = sa.case((_LATER > _MOST, _MOST), else_=_LATER)
 # In one statement, so that failures at the same time are all counted.
 _COUNT = (
     insert(FailedSignIns)
@@ -252,16 +258,17 @@ def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
         for key, limit in buckets.items():
             clear_at = connection.scalar(_READ, {"key": key}) or moment
             excess = clear_at - moment - limit.failures * limit.pause
-            # A later time was written before the clock was set back.
-            if timedelta(0) <= excess <= limit.pause:
+            # A much later time was written before the clock was set back.
+            if timedelta(0) <= excess <= 2 * limit.pause:
                 raise Throttled(int(excess.total_seconds()) + 1)
     if check():
         return True
     moment = now()
     with writing(durable=False, exclusive=False) as connection:
         for key, limit in buckets.items():
-            latest = moment + (limit.failures + 1) * limit.pause
-            values = {"key": key, "clear_at": moment + limit.pause, "now": moment, "latest": latest}
+            most = moment + (limit.failures + 1) * limit.pause
+            values = {"key": key, "clear_at": moment + limit.pause, "now": moment, "most": most}
+            values["latest"] = most + limit.pause  # another process may have read the clock later
             connection.execute(_COUNT, {**values, "seconds": limit.pause.seconds})
     return False
 

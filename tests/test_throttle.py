@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import bcrypt
@@ -86,6 +88,33 @@ def test_a_guesser_who_knows_the_hint_waits_too(
     other = make_app().test_client()
     assert guess(other, agent["client_id"], secret=secret).status_code == 429
     assert guess(other, agent["client_id"], secret=secret, address="192.0.2.7").status_code == 200
+
+
+def test_wrong_secrets_sent_at_once_are_all_counted(app: Flask, agent: dict[str, Any]) -> None:
+    hint = credentials.client_secret_hint(agent["client_secret"])
+
+    def wrong(number: int) -> int:
+        body = f"cs_{hint}{number:043}"
+        secret = body + credentials._checksum(body)
+        return guess(app.test_client(), agent["client_id"], secret=secret).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = list(pool.map(wrong, range(200)))
+    assert (statuses.count(401), statuses.count(429)) == (50, 150)
+
+
+def test_failures_counted_together_do_not_pass_for_a_clock_set_back(app: Flask) -> None:
+    def fail(others: int) -> bool:
+        """Fail a check that began before some others were counted, as in several processes."""
+        with suppress(credentials.Throttled):
+            credentials.throttle(lambda: others > 0 and fail(others - 1), "a secret", known=True)
+        return False
+
+    with app.test_request_context():
+        for _ in range(20):
+            fail(others=7)
+        with pytest.raises(credentials.Throttled):
+            credentials.throttle(lambda: True, "a secret", known=True)
 
 
 def test_a_remembered_secret_is_never_throttled(client: FlaskClient, agent: dict[str, Any]) -> None:
