@@ -233,6 +233,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(HTTPException, _answer_http_error)
     app.register_error_handler(DBAPIError, _answer_database_error)
     app.register_error_handler(sa.exc.TimeoutError, _answer_database_error)  # of the connection pool
+    app.register_error_handler(ConnectionResetError, _answer_timeout)
     app.register_error_handler(DecryptionError, _answer_decryption_error)
     app.register_error_handler(Exception, _answer_unexpected_error)
 
@@ -259,6 +260,11 @@ def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> ResponseR
         return _answer_unexpected_error(error)
     log.error("The database does not answer: %s.", database.error_text(error))
     return _answer_problem(_unavailable("The database does not answer just now. Try again shortly.", 1))
+
+
+def _answer_timeout(error: ConnectionResetError) -> ResponseReturnValue:
+    log.error("A request took too long.")  # REQUEST_TIMEOUT in gunicorn.conf.py
+    return _answer_problem(_unavailable("The request took too long. Try again shortly.", 1))
 
 
 def _answer_decryption_error(error: DecryptionError) -> ResponseReturnValue:

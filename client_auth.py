@@ -206,7 +206,8 @@ def _by_secret(request: OAuth2Request) -> Client:
     moment = now()
     # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
-    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if hint else None
+    is_well_formed = hint is not None and credentials.is_client_id(client_id)
+    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if is_well_formed else None
     if not credentials.verify(secret, row.hash if row else None, client_id):
         reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
         raise AuthenticationFailed(reason=reason)

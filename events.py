@@ -150,7 +150,7 @@ def count_failure(reason: str | None, *, is_recorded: bool = False, client_id: s
         try:
             with writing(durable=False, exclusive=False) as connection:
                 record(connection, "auth.failed", **data)
-        except DBAPIError as error:
+        except (DBAPIError, sa.exc.TimeoutError) as error:
             # A locked database must not turn a refusal into another response.
             if not is_transient(error):
                 raise

@@ -21,6 +21,7 @@ from storage.sqlite import no_server, open_read_only
 
 PAGES = 1024  # copied at a time, in some milliseconds
 _COMPANIONS = ("-wal", "-shm", "-journal")
+_LOCKS = (".lock", ".serving")
 
 Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
 
@@ -146,7 +147,7 @@ def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
     :raises BackupError: if it is the database's own or a folder's, or exists and must not be overwritten.
     """
     database = settings.database_file
-    own = [database, *(Path(f"{database}{ending}") for ending in _COMPANIONS)]
+    own = [database, *(Path(f"{database}{ending}") for ending in (*_COMPANIONS, *_LOCKS))]
     if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in own):
         raise BackupError(f"{file} is the instance's own database.")
     if file.is_dir():

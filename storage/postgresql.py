@@ -234,9 +234,11 @@ def _wait(driver: Any, steps: Any, **options: Any) -> Any:
     seconds = SHORT_ANSWER_TIMEOUT if _is_silent.is_set() else ANSWER_TIMEOUT
     try:
         answer = type(driver).wait(driver, steps, **options | {"timeout": seconds})
-    except Exception as error:
-        if type(error).__name__ == _NO_ANSWER:
+    except BaseException as error:
+        is_silent = type(error).__name__ == _NO_ANSWER
+        if is_silent:
             _is_silent.set()
+        if is_silent or not hasattr(error, "sqlstate"):  # or the request's timeout
             driver.close()  # a late answer would be taken for that of the next query
         raise
     _is_silent.clear()

@@ -12,6 +12,7 @@ from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
+import gevent
 import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
@@ -195,7 +196,9 @@ def _send(delivery: Any) -> Outcome:
         # A name may resolve to another address by now: check again, and connect to what was checked.
         address = ssrf.resolve(target, allow_private=allow_private)
         body = _body(delivery)
-        return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
+        # A socket's timeout bounds each read of a TLS handshake, and this the whole.
+        with gevent.Timeout(ssrf.TIMEOUT + 1, TimeoutError(f"no response within {ssrf.TIMEOUT:.0f} seconds")):
+            return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
     except ssrf.Refused as refusal:
         return Outcome(error=f"Refused: {refusal}")
     except Exception as error:

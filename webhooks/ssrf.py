@@ -77,6 +77,7 @@ def resolve(target: Target, *, allow_private: bool) -> str:
     :raises Refused: when the name has no address, or any of its addresses is not a public one.
     """
     try:
+        target.host.encode("idna")  # gevent's resolver would print a traceback
         entries = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise Refused("The host has no address.") from None
