@@ -22,7 +22,7 @@ BATCH = 1000  # rows
 
 _TABLES = Base.metadata.sorted_tables  # a table comes after those that it refers to
 _SEQUENCE = sa.table("sqlite_sequence", sa.column("name"), sa.column("seq"))
-_FROM_RECEIVERS = ("response_body", "error")  # columns of deliveries
+_FROM_RECEIVERS = ("response_body", "error")  # columns of deliveries, chosen by receivers of webhooks
 
 
 def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
@@ -137,13 +137,7 @@ def _without_conversions(table: sa.Table) -> sa.TableClause:
 
 
 def _without_nul(row: sa.RowMapping) -> dict[str, Any]:
-    """Replace NUL, which PostgreSQL's text cannot hold, in texts chosen by receivers of webhooks."""
-    changed = {
-        name: row[name].replace("\0", "\N{REPLACEMENT CHARACTER}")
-        for name in _FROM_RECEIVERS
-        if row.get(name)
-    }
-    return {**row, **changed}
+    return {**row, **{name: postgresql.without_nul(row[name]) for name in _FROM_RECEIVERS if name in row}}
 
 
 def _last_number(connection: sa.Connection, table: sa.Table) -> int:

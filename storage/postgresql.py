@@ -108,6 +108,11 @@ def is_transient(error: Any) -> bool:
     return state in _TRANSIENT or state[:2] in ("08", "53", "57", "58")
 
 
+def without_nul(text: str | None) -> str | None:
+    """Replace NUL, which PostgreSQL's text cannot hold, in a text that its sender may choose freely."""
+    return text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
     """Return the size of the database in bytes."""
     size = sa.select(sa.func.pg_database_size(sa.func.current_database()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -175,6 +177,37 @@ def test_a_receiver_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> No
             post(Receiver(drip))
     finally:
         enough.set()
+
+
+_DRIP = """
+from gevent import monkey
+monkey.patch_all()
+import socket, threading, time
+from webhooks import ssrf
+
+def drip(listener):
+    connection = listener.accept()[0]
+    connection.sendall(b"\\x16\\x03\\x03\\x40\\x00")  # the head of a long TLS record
+    for _ in range(50):
+        connection.sendall(b"\\x02")
+        time.sleep(0.2)
+
+ssrf.TIMEOUT = 0.5
+listener = socket.create_server(("127.0.0.1", 0))
+threading.Thread(target=drip, args=[listener], daemon=True).start()
+started = time.monotonic()
+target = ssrf.Target("https", "localhost", listener.getsockname()[1], "/", "localhost")
+try:
+    ssrf.post(target, "127.0.0.1", b"", {})
+except TimeoutError as error:
+    print(error, time.monotonic() - started < 4)
+"""
+
+
+def test_a_tls_handshake_that_drips_is_cut_off() -> None:
+    """Under gevent, as the server delivers."""
+    command = [sys.executable, "-c", _DRIP]
+    assert subprocess.check_output(command, text=True, timeout=30) == "no response within 0 seconds True\n"
 
 
 @pytest.mark.parametrize(

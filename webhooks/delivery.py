@@ -12,7 +12,6 @@ from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-import gevent
 import sqlalchemy as sa
 from flask import Flask
 from standardwebhooks.webhooks import Webhook as Signer
@@ -196,9 +195,7 @@ def _send(delivery: Any) -> Outcome:
         # A name may resolve to another address by now: check again, and connect to what was checked.
         address = ssrf.resolve(target, allow_private=allow_private)
         body = _body(delivery)
-        # A socket's timeout bounds each read of a TLS handshake, and this the whole.
-        with gevent.Timeout(ssrf.TIMEOUT + 1, TimeoutError(f"no response within {ssrf.TIMEOUT:.0f} seconds")):
-            return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
+        return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
     except ssrf.Refused as refusal:
         return Outcome(error=f"Refused: {refusal}")
     except Exception as error:
@@ -243,8 +240,8 @@ def _record_outcome(attempted: Any, outcome: Outcome) -> None:
         changes: dict[str, Any] = {
             "last_attempt_at": now(),
             "response_status": outcome.status,
-            "response_body": _without_nul(outcome.body),
-            "error": _without_nul(outcome.error),
+            "response_body": postgresql.without_nul(outcome.body),
+            "error": postgresql.without_nul(outcome.error),
         }
         # Else an operator has asked for a redelivery during the attempt, which is still to come.
         if delivery.next_attempt_at == attempted.next_attempt_at:
@@ -254,11 +251,6 @@ def _record_outcome(attempted: Any, outcome: Outcome) -> None:
         # Else the webhook was given another URL during the attempt, which has not failed.
         if webhook.url == attempted.url:
             _update_failing(connection, webhook, outcome)
-
-
-def _without_nul(text: str | None) -> str | None:
-    # PostgreSQL's text type has no NUL.
-    return text and text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _update_failing(connection: sa.Connection, webhook: Any, outcome: Outcome) -> None:

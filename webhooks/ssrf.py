@@ -12,6 +12,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import gevent
+
 TIMEOUT = 10.0  # seconds for the connection, the request and the response together
 BODY_LIMIT = 1024  # bytes of a response's body that are stored
 READ_LIMIT = 65_536  # bytes of a response that are read, headers included
@@ -110,21 +112,23 @@ def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> 
     :raises http.client.HTTPException: when the response is not HTTP.
     """
     deadline = time.monotonic() + TIMEOUT
-    sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
-    try:
-        if target.scheme == "https":
-            # The certificate is checked for the name, not for the address.
-            context = ssl.create_default_context()
-            name = target.host.rstrip(".")
+    # gevent applies a socket's timeout to each read of a TLS handshake, not to the whole.
+    with gevent.Timeout(TIMEOUT + 1, _no_response()):
+        sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
+        try:
+            if target.scheme == "https":
+                # The certificate is checked for the name, not for the address.
+                context = ssl.create_default_context()
+                name = target.host.rstrip(".")
+                sock.settimeout(_remaining(deadline))
+                sock = context.wrap_socket(sock, server_hostname=name)
             sock.settimeout(_remaining(deadline))
-            sock = context.wrap_socket(sock, server_hostname=name)
-        sock.settimeout(_remaining(deadline))
-        sock.sendall(_request(target, body, headers))
-        response = http.client.HTTPResponse(_Reader(sock, deadline), method="POST")  # type: ignore[arg-type]
-        response.begin()
-        return Response(response.status, _beginning(response), response.headers.get("Retry-After"))
-    finally:
-        sock.close()
+            sock.sendall(_request(target, body, headers))
+            response = http.client.HTTPResponse(_Reader(sock, deadline), method="POST")  # type: ignore[arg-type]
+            response.begin()
+            return Response(response.status, _beginning(response), response.headers.get("Retry-After"))
+        finally:
+            sock.close()
 
 
 def _request(target: Target, body: bytes, headers: dict[str, str]) -> bytes:
@@ -162,5 +166,9 @@ class _Reader(socket.SocketIO):
 def _remaining(deadline: float) -> float:
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError(f"no response within {TIMEOUT:.0f} seconds")
+        raise _no_response()
     return seconds
+
+
+def _no_response() -> TimeoutError:
+    return TimeoutError(f"no response within {TIMEOUT:.0f} seconds")
