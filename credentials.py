@@ -163,7 +163,7 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
         return throttle(lambda: hint is not None and _matches(secret, None), name, known=False)
     # One at a time for each secret and address, so that the failures before are counted, and so that many
     # wrong secrets delay nobody else.
-    with _turns[hash((stored, request.remote_addr)) % len(_turns)]:
+    with _turns[hash((stored, _address())) % len(_turns)]:
         if hmac.compare_digest(remembered.get(stored, b""), keyed):
             return True
         is_right = throttle(lambda: _matches(secret, stored), f"{name} {hint}", known=True)
@@ -218,6 +218,16 @@ class Limit(NamedTuple):
     failures: int
     pause: timedelta
 
+    @property
+    def most(self) -> timedelta:
+        """How far ahead of the clock failures may set `clear_at`, however many are counted together."""
+        return (self.failures + 1) * self.pause
+
+    @property
+    def latest(self) -> timedelta:
+        """How far ahead `clear_at` may be: further ahead, it was written before the clock was set back."""
+        return self.most + self.pause  # another process may have read the clock later
+
 
 # For one client secret, or the admin token, from one address: fifty, then ten a minute.
 SECRET = Limit(50, timedelta(seconds=6))
@@ -228,9 +238,8 @@ _READ = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("
 _CLEAR_AT = bindparam("clear_at", type_=Timestamp)
 _NOW, _MOST, _LATEST = (bindparam(name, type_=Timestamp) for name in ("now", "most", "latest"))
 _IS_CURRENT = FailedSignIns.clear_at.between(_NOW, _LATEST)
-_LATER = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("seconds", type_=sa.BigInteger)
-# Failures at the same time must not lead beyond the time after which the clock is taken to be set back.
-_LATER = sa.case((_LATER > _MOST, _MOST), else_=_LATER)
+_NEXT = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("seconds", type_=sa.BigInteger)
+_LATER = sa.case((_NEXT > _MOST, _MOST), else_=_NEXT)
 # In one statement, so that failures at the same time are all counted.
 _COUNT = (
     insert(FailedSignIns)
@@ -251,26 +260,29 @@ def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
     :param name: the credentials to check.
     :raises Throttled: before the check, when too many have failed.
     """
-    address = str(_network(request.remote_addr or ""))
+    address = _address()
     buckets = {f"{address} {name}": SECRET} | ({} if known else {address: ADDRESS})
     moment = now()
     with reading() as connection:
         for key, limit in buckets.items():
             clear_at = connection.scalar(_READ, {"key": key}) or moment
             excess = clear_at - moment - limit.failures * limit.pause
-            # A much later time was written before the clock was set back.
-            if timedelta(0) <= excess <= 2 * limit.pause:
+            if timedelta(0) <= excess and clear_at <= moment + limit.latest:
                 raise Throttled(int(excess.total_seconds()) + 1)
     if check():
         return True
     moment = now()
     with writing(durable=False, exclusive=False) as connection:
         for key, limit in buckets.items():
-            most = moment + (limit.failures + 1) * limit.pause
-            values = {"key": key, "clear_at": moment + limit.pause, "now": moment, "most": most}
-            values["latest"] = most + limit.pause  # another process may have read the clock later
-            connection.execute(_COUNT, {**values, "seconds": limit.pause.seconds})
+            times = {"now": moment, "most": moment + limit.most, "latest": moment + limit.latest}
+            first = {"key": key, "clear_at": moment + limit.pause, "seconds": limit.pause.seconds}
+            connection.execute(_COUNT, first | times)
     return False
+
+
+def _address() -> str:
+    """Return the caller's address as sign-ins are counted by it."""
+    return str(_network(request.remote_addr or ""))
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -17,7 +17,7 @@ import pytest
 import requests
 from flask import Flask
 from flask.testing import FlaskClient
-from support.callers import Operator
+from support.callers import Operator, forged
 from support.servers import Server
 
 import credentials
@@ -25,12 +25,6 @@ import credentials
 Serve = Callable[..., Server]
 
 # Guessers
-
-
-def forged(secret: str) -> str:
-    """A wrong secret of the same hint, well formed."""
-    body = secret[:11] + credentials.new_client_secret(4).text[11:-6]
-    return body + credentials._checksum(body)
 
 
 def guess(client: FlaskClient, client_id: str, secret: str, address: str) -> float:

@@ -13,6 +13,7 @@ from flask.testing import FlaskClient
 from support.instances import ADMIN_TOKEN
 from werkzeug.test import TestResponse
 
+import credentials
 from commands.__main__ import lanyard as commands
 
 OPERATOR = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
@@ -71,6 +72,12 @@ def run_command(app: Flask, *arguments: object, **options: Any) -> Result:
 
 def basic(username: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + b64encode(f"{username}:{password}".encode()).decode()}
+
+
+def forged(secret: str) -> str:
+    """A wrong secret of the same hint, well formed."""
+    body = secret[:11] + credentials.new_client_secret(4).text[11:-6]
+    return body + credentials._checksum(body)
 
 
 FORM = "application/x-www-form-urlencoded"
