@@ -12,16 +12,15 @@ from pathlib import Path
 import sqlalchemy as sa
 from click import ClickException
 
+from auth import admin_token_file
 from config import VERSION, Settings
 from database import ENCRYPTED, error_text
 from migrations import upgrade
 from models import Base, is_encrypted, now
 from storage.files import copy_owner, sync_folder
-from storage.sqlite import no_server, open_read_only
+from storage.sqlite import COMPANIONS, files, no_server, open_read_only
 
 PAGES = 1024  # copied at a time, in some milliseconds
-_COMPANIONS = ("-wal", "-shm", "-journal")
-_LOCKS = (".lock", ".serving")
 
 Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
 
@@ -144,12 +143,12 @@ def _first(connection: sqlite3.Connection, statement: str) -> str | None:
 def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
     """Refuse a name that a backup must not have.
 
-    :raises BackupError: if it is the database's own or a folder's, or exists and must not be overwritten.
+    :raises BackupError: if it is a file of the instance or a folder, or exists and must not be overwritten.
     """
-    database = settings.database_file
-    own = [database, *(Path(f"{database}{ending}") for ending in (*_COMPANIONS, *_LOCKS))]
-    if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in own):
+    if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in files(settings)):
         raise BackupError(f"{file} is the instance's own database.")
+    if file.resolve() == admin_token_file(settings).resolve():
+        raise BackupError(f"{file} holds the instance's admin token.")
     if file.is_dir():
         raise BackupError(f"{file} is a folder: name a file.")
     if file.exists() and not overwrite:
@@ -172,7 +171,7 @@ def whole_file(file: Path) -> Iterator[Path]:
             os.replace(draft, file)
             sync_folder(file.parent)
         finally:
-            for ending in ("", *_COMPANIONS):
+            for ending in ("", *COMPANIONS):
                 Path(f"{draft}{ending}").unlink(missing_ok=True)
     except OSError as error:
         raise BackupError(f"{file} cannot be written: {error.strerror}.") from None
@@ -205,7 +204,7 @@ def _set_aside(target: Path) -> Path | None:
             raise BackupError(f"There is a {aside} already: move it away.")
         os.link(target, aside)
     # Left by a damaged database; SQLite would write them into the restored one.
-    for ending in _COMPANIONS:
+    for ending in COMPANIONS:
         companion = Path(f"{target}{ending}")
         if aside and companion.exists():
             companion.replace(f"{aside}{ending}")

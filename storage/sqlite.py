@@ -24,12 +24,12 @@ from storage.files import copy_owner
 if TYPE_CHECKING:
     from config import Settings
 
+COMPANIONS = ("-wal", "-shm", "-journal")  # endings of SQLite's own files beside a database
 # Locked by another process, read-only, failing, full, or not to be opened.
 _TRANSIENT = re.compile("SQLITE_(BUSY|LOCKED|READONLY|IOERR|FULL|CANTOPEN)")
 BUSY_TIMEOUT = 5.0  # seconds to wait for the write lock
-SHORT_TIMEOUT = (
-    0.25  # seconds for a transaction that may fail and be repeated; 0 would always fail under load
-)
+# Seconds for a transaction that may fail and be repeated; 0 would always fail under load.
+SHORT_TIMEOUT = 0.25
 
 CHECKPOINT = 4000  # pages (16 MB) that the WAL grows to before a checkpoint, which costs two fsyncs
 NATIVE_SLEEP = 0.005  # seconds a request that waits for the lock keeps the process to itself
@@ -208,6 +208,12 @@ class Lease:
         if self._file is not None:
             os.close(self._file)
         self._file = None
+
+
+def files(settings: Settings) -> list[Path]:
+    """Return the database file, SQLite's files beside it, and the lock files, whether they exist or not."""
+    endings = ("", *COMPANIONS, ".lock", ".serving", ".deliverer")
+    return [Path(f"{settings.database_file}{ending}") for ending in endings]
 
 
 def _lock(settings: Settings, name: str, operation: int) -> int:

@@ -217,13 +217,31 @@ def test_a_backup_is_not_written_over(instance: Path, copy: Path) -> None:
 
 
 @on_sqlite_only
-@pytest.mark.parametrize("name", ["lanyard.db", "lanyard.db-wal", "../instance/lanyard.db"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lanyard.db",
+        "lanyard.db-wal",
+        "../instance/lanyard.db",
+        "lanyard.db.lock",
+        "lanyard.db.serving",
+        "lanyard.db.deliverer",
+    ],
+)
 def test_a_backup_never_overwrites_the_database(instance: Path, name: str) -> None:
     before = (instance / "lanyard.db").read_bytes()
     result = run(instance, "backup", instance / name, "--force")
     assert result.exit_code == 1
     assert "own database" in result.stderr
     assert (instance / "lanyard.db").read_bytes() == before
+
+
+def test_a_backup_never_overwrites_the_admin_token(instance: Path) -> None:
+    (instance / "admin_token").write_text("precious")
+    result = run(instance, "backup", instance / "admin_token", "--force")
+    assert result.exit_code == 1
+    assert "admin token" in result.stderr
+    assert (instance / "admin_token").read_text() == "precious"
 
 
 def test_a_target_that_cannot_be_written_is_named(instance: Path, tmp_path: Path) -> None:
