@@ -241,9 +241,8 @@ def rotate(
     :param revoke_tokens: end every token of the agent, for a leak.
     :raises Problem: 404; 409 when the agent has no client secret.
     """
-    secret = credentials.new_client_secret(
-        settings().bcrypt_cost
-    )  # bcrypt under the write lock would block every other writer
+    # Before the transaction: bcrypt under the write lock would block every other writer.
+    secret = credentials.new_client_secret(settings().bcrypt_cost)
     with _changing(agent_id) as (connection, agent):
         if agent.token_endpoint_auth_method == "private_key_jwt":
             raise Problem(409, "conflict", _NO_SECRET)

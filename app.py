@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from authlib.oauth2 import OAuth2Error
 from flask import Flask, Response, g, request
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 
 import agents
@@ -231,8 +231,7 @@ def _register_error_handlers(app: Flask) -> None:
     app.register_error_handler(Problem, _answer_problem)
     app.register_error_handler(OAuth2Error, _answer_oauth_error)
     app.register_error_handler(HTTPException, _answer_http_error)
-    app.register_error_handler(DBAPIError, _answer_database_error)
-    app.register_error_handler(sa.exc.TimeoutError, _answer_database_error)  # of the connection pool
+    app.register_error_handler(SQLAlchemyError, _answer_database_error)
     app.register_error_handler(ConnectionResetError, _answer_timeout)
     app.register_error_handler(DecryptionError, _answer_decryption_error)
     app.register_error_handler(Exception, _answer_unexpected_error)
@@ -255,7 +254,7 @@ def _answer_http_error(error: HTTPException) -> ResponseReturnValue:
     return _answer_problem(Problem(status, code, text, headers=headers))
 
 
-def _answer_database_error(error: DBAPIError | sa.exc.TimeoutError) -> ResponseReturnValue:
+def _answer_database_error(error: SQLAlchemyError) -> ResponseReturnValue:
     if not database.is_transient(error):
         return _answer_unexpected_error(error)
     log.error("The database does not answer: %s.", database.error_text(error))

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from flask import Flask, Response, g, has_request_context, request
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 import schemas
 from api import BY_OPERATOR, Blueprint
@@ -150,7 +150,7 @@ def count_failure(reason: str | None, *, is_recorded: bool = False, client_id: s
         try:
             with writing(durable=False, exclusive=False) as connection:
                 record(connection, "auth.failed", **data)
-        except (DBAPIError, sa.exc.TimeoutError) as error:
+        except SQLAlchemyError as error:
             # A locked database must not turn a refusal into another response.
             if not is_transient(error):
                 raise

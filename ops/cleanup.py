@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 from flask import Flask, Response
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from config import settings
 from database import is_transient, reading, writing
@@ -43,7 +43,7 @@ def init_app(app: Flask) -> None:
         try:
             with app.app_context():
                 more = delete_batch()
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             if not is_transient(error):
                 log.exception("Expired rows cannot be deleted.")
         finally:

@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -103,13 +104,19 @@ def test_a_sweep_does_not_wait_long_for_another_writer(app: Flask, tmp_path: Pat
         assert cleanup.delete_batch() is False
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        sa.exc.OperationalError("sweep", {}, Exception("database is locked")),
+        sa.exc.TimeoutError("QueuePool limit reached"),
+    ],
+    ids=["locked", "no free connection"],
+)
 def test_a_locked_database_delays_the_sweep_only(
-    app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+    app: Flask, client: FlaskClient, monkeypatch: pytest.MonkeyPatch, error: sa.exc.SQLAlchemyError
 ) -> None:
-    def fail() -> bool:
-        raise sa.exc.OperationalError("sweep", {}, Exception("database is locked"))
-
-    monkeypatch.setattr(cleanup, "delete_batch", fail)
-    assert client.get("/health").status_code == 200
-    monkeypatch.undo()
-    assert client.get("/health").status_code == 200
+    sweep = Mock(side_effect=[error, False])
+    monkeypatch.setattr(cleanup, "delete_batch", sweep)
+    for sweeps in (1, 2):
+        client.get("/health").close()
+        assert sweep.call_count == sweeps
