@@ -21,6 +21,7 @@ from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_w
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
+ROTATIONS_A_MINUTE = 6  # by the agent itself: each costs a hash of tens of milliseconds
 _NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
 _NEEDS_KEYS = "This agent signs in by its keys: give it other keys, not none."
 _EXPIRED = "This agent has expired: give it a new expires_in first."
@@ -239,23 +240,49 @@ def rotate(
 
     :param grace_period: seconds for which the old secrets stay valid.
     :param revoke_tokens: end every token of the agent, for a leak.
-    :raises Problem: 404; 409 when the agent has no client secret.
+    :raises Problem: 404; 409 when the agent has no client secret; 429 when it rotates too often.
     """
-    # Before the transaction: bcrypt under the write lock would block every other writer.
-    secret = credentials.new_client_secret(settings().bcrypt_cost)
+    # One at a time for each agent: the others are refused before they cost a hash.
+    with credentials.turn("rotate", agent_id):
+        with reading() as connection:
+            agent = g.agent if rotated_by == "self" else find(connection, agent_id)
+            _check_rotation(connection, agent, rotated_by)
+        # Before the transaction: bcrypt under the write lock would block every other writer.
+        secret = credentials.new_client_secret(settings().bcrypt_cost)
+        _rotate(agent_id, secret, rotated_by, grace_period, revoke_tokens)
+    return {"client_secret": secret.text}
+
+
+def _rotate(
+    agent_id: str, secret: credentials.NewSecret, rotated_by: str, grace_period: int, revoke_tokens: bool
+) -> None:
     with _changing(agent_id) as (connection, agent):
-        if agent.token_endpoint_auth_method == "private_key_jwt":
-            raise Problem(409, "conflict", _NO_SECRET)
+        _check_rotation(connection, agent, rotated_by)
         _end_secrets(connection, agent, grace_period)
         _add_secret(connection, agent, secret)
         _add_rotation(connection, agent, rotated_by)
         if revoke_tokens:
             _end_tokens(connection, agent)
         activity = {"last_activity_at": now()} if rotated_by == "self" else {}
+        if rotated_by == "self":
+            credentials.count_against_limit(connection, agent)
         _set(connection, agent, updated_at=now(), **activity)
         data: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
         events.record(connection, "agent.credentials_rotated", agent, rotated_by=rotated_by, **data)
-    return {"client_secret": secret.text}
+
+
+def _check_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> None:
+    if agent.token_endpoint_auth_method == "private_key_jwt":
+        raise Problem(409, "conflict", _NO_SECRET)
+    if rotated_by == "self":
+        credentials.refuse_over_limit(connection, agent)
+        own = sa.select(Rotation.rotated_at).where(
+            Rotation.agent_pk == agent.pk, Rotation.rotated_by == "self"
+        )
+        first = connection.scalar(own.order_by(Rotation.pk.desc()).offset(ROTATIONS_A_MINUTE - 1).limit(1))
+        if first is not None and timedelta(0) <= (since := now() - first) < credentials.MINUTE:
+            text = f"An agent may rotate its secret {ROTATIONS_A_MINUTE} times a minute."
+            raise credentials.too_many_requests(text, credentials.MINUTE - since)
 
 
 def deactivate(agent_id: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 from api import Problem
 from config import settings, state
 from database import reading, writing
-from models import FailedSignIns, Timestamp, new_id, now
+from models import FailedSignIns, RateSecond, Timestamp, new_id, now
 
 # cs_ + hint (8) + 256 random bits (43) + CRC-32 (6) = 60 bytes, under bcrypt's limit of 72.
 _CLIENT_ID = re.compile(r"cid_[A-Za-z0-9_-]{22}")
@@ -41,6 +41,7 @@ _REFRESH_TOKEN = re.compile(r"rt_([A-Za-z0-9_-]{22})[A-Za-z0-9_-]{43}")
 # Verified secrets that a process remembers, by digests with its own key.
 VERIFIED_CACHE_SIZE = 16_384
 _KEY = secrets.token_bytes(32)
+MINUTE = timedelta(minutes=1)
 
 
 class NewSecret(NamedTuple):
@@ -163,7 +164,7 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
         return throttle(lambda: hint is not None and _matches(secret, None), name, known=False)
     # One at a time for each secret and address, so that the failures before are counted, and so that many
     # wrong secrets delay nobody else.
-    with _turns[hash((stored, _address())) % len(_turns)]:
+    with turn(stored, _address()):
         if hmac.compare_digest(remembered.get(stored, b""), keyed):
             return True
         is_right = throttle(lambda: _matches(secret, stored), f"{name} {hint}", known=True)
@@ -274,6 +275,82 @@ def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
     moment = now()
     with writing(durable=False, exclusive=False) as connection:
         for key, limit in buckets.items():
+def _clear_at(key: str, limit: Limit) -> datetime:
+    """Return when the failures in a bucket are forgotten; before now if there are none."""
+    with reading() as connection:
+        clear_at: datetime = connection.scalar(_READ, {"key": key}) or now()
+    # Another process may have read the clock a little later.
+    if clear_at <= now() + limit.most + limit.pause:
+        return clear_at
+    # The clock was set back: without a cap, one failure would count for as long as that.
+    with writing(durable=False, exclusive=False) as connection:
+        connection.execute(_CAP, {"of": key, "most": now() + limit.most})
+    return now() + limit.most
+
+
+_RECENT = (
+    sa.select(RateSecond.second, RateSecond.count)
+    .where(
+        RateSecond.agent_pk == bindparam("agent"),
+        RateSecond.second.between(bindparam("since", type_=Timestamp), bindparam("until", type_=Timestamp)),
+    )
+    .order_by(RateSecond.second.desc())
+)
+_FORGET = sa.delete(RateSecond).where(
+    RateSecond.agent_pk == bindparam("agent"), RateSecond.second < bindparam("since", type_=Timestamp)
+)
+_COUNT_IN_SECOND = (
+    insert(RateSecond)
+    .values(agent_pk=bindparam("agent"), second=bindparam("second", type_=Timestamp), count=1)
+    .on_conflict_do_update(
+        index_elements=(RateSecond.agent_pk, RateSecond.second), set_={"count": RateSecond.count + 1}
+    )
+)
+
+
+def refuse_over_limit(connection: sa.Connection, agent: Any) -> None:
+    """Refuse an agent that has used up its rate limit.
+
+    :raises Problem: 429.
+    """
+    if agent.rate_limit is None:
+        return
+    moment = now()
+    # A little of the future: another process may have read the clock later. More was written before the
+    # clock was set back.
+    window = {"agent": agent.pk, "since": moment - MINUTE, "until": moment + MINUTE}
+    left = agent.rate_limit
+    for second, count in connection.execute(_RECENT, window):
+        left -= count
+        if left <= 0:
+            # Sixty seconds may begin and end within a second: they touch 61.
+            wait = second + MINUTE - moment + timedelta(seconds=1)
+            text = f"This agent may have {agent.rate_limit} tokens and rotations a minute."
+            raise too_many_requests(text, wait)
+
+
+def count_against_limit(connection: sa.Connection, agent: Any) -> None:
+    """Count a token or a rotation. The caller's transaction has changed the agent's row, which locks it.
+
+    :raises Problem: 429, when the agent has used up its rate limit.
+    """
+    if agent.rate_limit is not None:
+        refuse_over_limit(connection, agent)
+        connection.execute(_FORGET, {"agent": agent.pk, "since": now() - MINUTE})
+        connection.execute(_COUNT_IN_SECOND, {"agent": agent.pk, "second": now()})
+
+
+def too_many_requests(text: str, wait: timedelta) -> Problem:
+    """Return a refusal (RFC 6585 §4) that names the time to wait."""
+    seconds = max(1, int(wait.total_seconds()))
+    return Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
+
+
+def turn(*key: object) -> threading.Lock:
+    """Return a lock of this process for what a key names; two keys may share one."""
+    return _turns[hash(key) % len(_turns)]
+
+
             times = {"now": moment, "most": moment + limit.most, "latest": moment + limit.latest}
             first = {"key": key, "clear_at": moment + limit.pause, "seconds": limit.pause.seconds}
             connection.execute(_COUNT, first | times)

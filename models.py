@@ -181,9 +181,8 @@ class Agent(Base):
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
-    # The start of the minute that `rate_limit` is for, and the number of tokens issued in it.
-    minute_began_at: Mapped[datetime | None]
-    minute_count: Mapped[int] = mapped_column(Number, default=0)
+    # In the database too, for the agents of before this column.
+    require_client_auth_for_refresh: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     token_count: Mapped[int] = mapped_column(Number, default=0)
     refresh_count: Mapped[int] = mapped_column(Number, default=0)
     last_activity_at: Mapped[datetime | None]
@@ -267,6 +266,17 @@ class UsageDay(Base):
 
 class Rotation(Base):
     """A rotation of an agent's client secret, and whether the agent or an operator did it."""
+class RateSecond(Base):
+    """What counts against an agent's rate limit, by second; only while the agent has a limit."""
+
+    __tablename__ = "rate_seconds"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    agent_pk: Mapped[int] = _agent_pk(primary_key=True)
+    second: Mapped[datetime] = mapped_column(primary_key=True)
+    count: Mapped[int] = mapped_column(Number)
+
+
 
     __tablename__ = "rotations"
     __table_args__ = (sa.CheckConstraint("rotated_by IN ('self', 'admin')", name="rotated_by"),)

@@ -16,7 +16,6 @@ from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 import credentials
 import events
 import keys
-from api import Problem
 from client_auth import COLUMNS, AuthenticationFailed, Client
 from config import Settings, settings
 from database import reading, writing
@@ -25,7 +24,7 @@ from models import Agent, ClientSecret, RefreshFamily, RevokedToken, Timestamp, 
 log = logging.getLogger("lanyard")
 
 FAMILY_TTL = timedelta(days=30)
-MINUTE = timedelta(minutes=1)
+_NEEDS_CREDENTIALS = "Send client credentials with the refresh token."
 
 _NOW: Any = bindparam("now", type_=Timestamp)
 _ISSUED, _REFRESHED = bindparam("issued", type_=sa.Integer), bindparam("refreshed", type_=sa.Integer)
@@ -50,24 +49,6 @@ _COUNT_IN_DAY = (
             "tokens_issued": UsageDay.tokens_issued + _ISSUED,
             "tokens_refreshed": UsageDay.tokens_refreshed + _REFRESHED,
         },
-    )
-)
-_IS_NEW_MINUTE = sa.or_(
-    Agent.minute_began_at.is_(None),
-    Agent.minute_began_at <= bindparam("minute_ago", type_=Timestamp),
-    # The minute began before the clock was set back. (A request that waited for the lock is a little behind.)
-    Agent.minute_began_at > bindparam("minute_ahead", type_=Timestamp),
-)
-_IS_UNDER_LIMIT = sa.or_(_IS_NEW_MINUTE, Agent.minute_count < Agent.rate_limit)
-_READ_LIMIT = sa.select(_IS_UNDER_LIMIT.label("is_under_limit"), Agent.minute_began_at).where(
-    Agent.pk == bindparam("agent")
-)
-_COUNT_IN_MINUTE = (
-    sa.update(Agent)
-    .where(Agent.pk == bindparam("agent"), _IS_UNDER_LIMIT)
-    .values(
-        minute_began_at=sa.case((_IS_NEW_MINUTE, _NOW), else_=Agent.minute_began_at),
-        minute_count=sa.case((_IS_NEW_MINUTE, 1), else_=Agent.minute_count + 1),
     )
 )
 _IS_VALID_SECRET = sa.and_(ClientSecret.pk == bindparam("secret"), ClientSecret.valid(_NOW))
@@ -125,7 +106,7 @@ class TokenGenerator(JWTBearerTokenGenerator):
         """
         if client.row.rate_limit is not None:  # refuse before signing
             with reading() as connection:
-                _refuse_over_limit(connection, client)
+                credentials.refuse_over_limit(connection, client.row)
         token = super().generate(grant_type, client, *args, **kwargs)
         names = ("access_token", "token_type", "expires_in", "scope", "refresh_token")
         return {name: token.get(name, "") for name in names}
@@ -241,35 +222,8 @@ def _count_token(connection: sa.Connection, client: Client, *, issued: int = 0, 
     if connection.execute(_COUNT, counts | version).rowcount != 1:
         return False
     connection.execute(_COUNT_IN_DAY, counts | {"day": client.now.date()})
-    is_limited = client.row.rate_limit is not None
-    if is_limited and connection.execute(_COUNT_IN_MINUTE, _rate_limit_parameters(client)).rowcount != 1:
-        _refuse_over_limit(connection, client)
+    credentials.count_against_limit(connection, client.row)
     return True
-
-
-def _refuse_over_limit(connection: sa.Connection, client: Client) -> None:
-    """Refuse an agent that has used up its rate limit.
-
-    :raises Problem: 429.
-    """
-    row = connection.execute(_READ_LIMIT, _rate_limit_parameters(client)).first()
-    if row and not row.is_under_limit:
-        left = row.minute_began_at + MINUTE - client.now
-        raise Problem(
-            429,
-            "too_many_requests",
-            f"This agent may have {client.row.rate_limit} tokens a minute.",
-            headers={"Retry-After": str(max(1, int(left.total_seconds())))},
-        )
-
-
-def _rate_limit_parameters(client: Client) -> dict[str, Any]:
-    return {
-        "agent": client.row.pk,
-        "now": client.now,
-        "minute_ago": client.now - MINUTE,
-        "minute_ahead": client.now + MINUTE,
-    }
 
 
 def end_family(client: Client, event: str) -> bool:

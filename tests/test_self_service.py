@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import bcrypt
 import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask.testing import FlaskClient
 from support.callers import Operator, ask_refresh, ask_token, bearer
 from support.clock import Clock
+from werkzeug.test import TestResponse
 
 from models import Rotation, db
 
@@ -95,6 +97,37 @@ def test_an_agent_rotates_with_a_grace_period(
     response = client.post("/api/agents/me/rotate", headers=bearer(token), json={"grace_period": 60})
     assert response.status_code == 200
     assert ask_token(client, agent).status_code == 200
+
+
+def test_an_agent_rotates_six_times_a_minute_at_most(
+    client: FlaskClient,
+    operator: Operator,
+    agent: dict[str, Any],
+    token: dict[str, Any],
+    time_machine: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rotate() -> TestResponse:
+        return client.post("/api/agents/me/rotate", headers=bearer(token))
+
+    assert [rotate().status_code for _ in range(6)] == [200] * 6
+    time_machine.advance(seconds=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(bcrypt, "hashpw", lambda *_: pytest.fail("a hash was spent"))
+        refused = rotate()
+    assert (refused.status_code, refused.json["error"]) == (429, "too_many_requests")
+    assert refused.headers["Retry-After"] == "40"
+    assert operator.act(agent, "rotate").status_code == 200, "the operator's do not count"
+    time_machine.advance(seconds=40)
+    assert rotate().status_code == 200
+
+
+def test_rotations_count_against_the_rate_limit(client: FlaskClient, operator: Operator) -> None:
+    agent = operator.create(rate_limit=3)
+    token = ask_token(client, agent).json
+    statuses = [client.post("/api/agents/me/rotate", headers=bearer(token)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    assert ask_refresh(client, token["refresh_token"]).status_code == 429
 
 
 def test_an_agents_rotation_can_end_its_tokens(client: FlaskClient, token: dict[str, Any]) -> None:
