@@ -143,11 +143,15 @@ def list_secrets(agent_id: str) -> dict[str, Any]:
 @management.delete(_ONE + "/secrets/<secret_id>")
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
-    """Delete a client secret at once."""
+    """Delete a client secret at once, and end the refresh tokens that it was used for."""
     with _changing(agent_id) as (connection, agent):
         deleted = sa.delete(ClientSecret).where(*_valid_secrets(agent), ClientSecret.id == secret_id)
-        if not is_text(secret_id) or not connection.execute(deleted).rowcount:
+        hint = connection.scalar(deleted.returning(ClientSecret.hint))
+        if hint is None:
             raise Problem(404, "not_found", "This agent has no valid secret with this id.")
+        # Whoever had the secret may have its refresh tokens too.
+        of_secret = RefreshFamily.agent_pk == agent.pk, RefreshFamily.secret_hint == hint
+        connection.execute(sa.delete(RefreshFamily).where(*of_secret))
         _set(connection, agent, updated_at=now())
         events.record(connection, "agent.updated", agent, changed=["secrets"])
 

@@ -53,11 +53,18 @@ COLUMNS = (
     Agent.token_version,
     Agent.token_ttl,
     Agent.rate_limit,
+    Agent.require_client_auth_for_refresh,
     NEWEST_KEY.label("newest_key"),
 )
 _NOW: Any = bindparam("now", type_=Timestamp)
 _BY_SECRET = (
-    sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hash, ClientSecret.last_used_at)
+    sa.select(
+        *COLUMNS,
+        ClientSecret.pk.label("secret_pk"),
+        ClientSecret.hint,
+        ClientSecret.hash,
+        ClientSecret.last_used_at,
+    )
     .outerjoin(
         ClientSecret,
         sa.and_(

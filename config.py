@@ -57,6 +57,7 @@ class Settings:
     secret_keys: tuple[str, ...] = field(repr=False)
     cors_origins: tuple[str, ...]
     access_log: bool
+    require_client_auth_for_refresh: bool
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -89,6 +90,7 @@ class Settings:
             secret_keys=_secret_keys(env),
             cors_origins=_cors_origins(env, local),
             access_log=_flag(env, "ACCESS_LOG"),
+            require_client_auth_for_refresh=_flag(env, "REQUIRE_CLIENT_AUTH_FOR_REFRESH"),
         )
 
     def url(self, path: str) -> str:

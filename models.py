@@ -243,6 +243,8 @@ class RefreshFamily(Base):
 
     id: Mapped[str] = mapped_column(sa.String(22), primary_key=True)
     agent_pk: Mapped[int] = _agent_pk(index=True)
+    # The client secret that the grant was made with; None for an assertion.
+    secret_hint: Mapped[str | None] = mapped_column(sa.String(8))
     token_hash: Mapped[bytes]
     token_version: Mapped[int]
     scopes: Mapped[list[str]]
@@ -264,8 +266,6 @@ class UsageDay(Base):
     tokens_refreshed: Mapped[int] = mapped_column(Number, default=0)
 
 
-class Rotation(Base):
-    """A rotation of an agent's client secret, and whether the agent or an operator did it."""
 class RateSecond(Base):
     """What counts against an agent's rate limit, by second; only while the agent has a limit."""
 
@@ -277,6 +277,8 @@ class RateSecond(Base):
     count: Mapped[int] = mapped_column(Number)
 
 
+class Rotation(Base):
+    """A rotation of an agent's client secret, and whether the agent or an operator did it."""
 
     __tablename__ = "rotations"
     __table_args__ = (sa.CheckConstraint("rotated_by IN ('self', 'admin')", name="rotated_by"),)

@@ -210,9 +210,10 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         if not text:
             raise InvalidRequestError("Send refresh_token.")
         client_id = self.request.form.get("client_id")
-        if client_auth.carries_credentials(self.request):
+        is_authenticated = client_auth.carries_credentials(self.request)
+        if is_authenticated or settings().require_client_auth_for_refresh:
             client_id = client_auth.authenticate(self.request).get_client_id()
-        client = tokens.use_refresh_token(text)
+        client = tokens.use_refresh_token(text, is_authenticated)
         if client_id not in (None, client.get_client_id()):
             raise InvalidGrantError("The refresh token belongs to another client.")
         events.set_caller(client.row.id, client.row.client_id)

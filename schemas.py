@@ -88,6 +88,7 @@ class AgentFields(Schema):
     )
     token_ttl = StrictInteger(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
     rate_limit = StrictInteger(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
+    require_client_auth_for_refresh = StrictBoolean(**_REFRESH_AUTH)
     expires_in = StrictInteger(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
     jwks = PublicKeys(allow_none=True, **_JWKS)
 
@@ -239,6 +240,7 @@ class Agent(Response):
     )
     token_ttl = fields.Integer(allow_none=True, **_TOKEN_TTL)
     rate_limit = fields.Integer(allow_none=True, **_RATE_LIMIT)
+    require_client_auth_for_refresh = fields.Boolean(**_REFRESH_AUTH)
     token_endpoint_auth_method = fields.String(**_AUTH_METHOD)
     created_at = Timestamp(**_CREATED_AT)
     updated_at = Timestamp(**_UPDATED_AT)

@@ -128,6 +128,7 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             **_token_columns(client, token),
             "id": client.family_id,
             "agent_pk": client.row.pk,
+            "secret_hint": getattr(client.row, "hint", None),
             "token_version": client.row.token_version,
             "ends_at": client.now + FAMILY_TTL,
         }
@@ -146,15 +147,18 @@ def _use_secret(connection: sa.Connection, client: Client) -> bool:
     return connection.execute(_USE_SECRET, secret).rowcount == 1
 
 
-def use_refresh_token(text: str) -> Client:
+def use_refresh_token(text: str, is_authenticated: bool) -> Client:
     """Return the client of a family's newest refresh token, with the `family_*` columns in its row.
 
     Reuse of an older token ends the family: either a thief or the agent has a copy (RFC 9700 §4.14.2).
 
+    :param is_authenticated: whether the request carries valid client credentials.
     :raises InvalidGrantError: with one text, whatever is wrong with the token.
     """
     client = find_by_refresh_token(text)
     if client is not None and not _is_newest(client, text):
+    if client is not None and not is_authenticated and client.row.require_client_auth_for_refresh:
+        raise AuthenticationFailed(_NEEDS_CREDENTIALS, reason="malformed")
         _end_reused_family(client)
     if client is None or not _is_usable(client):
         raise _invalid_refresh_token()

@@ -14,6 +14,7 @@ AGENT_FIELDS = {
     "id", "name", "description", "owner", "client_id", "scopes", "audiences", "metadata", "is_active",
     "token_ttl", "rate_limit", "token_endpoint_auth_method", "created_at", "updated_at", "expires_at",
     "token_count", "refresh_count", "last_activity_at", "last_token_issued_at",
+    "require_client_auth_for_refresh",
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_every_field_comes_back_as_it_was_given(operator: Operator) -> None:
         "metadata": {"env": "prod", "empty": ""},
         "token_ttl": 60,
         "rate_limit": 100,
+        "require_client_auth_for_refresh": True,
     }
     shown = operator.get(operator.create(**fields))
     assert {name: shown[name] for name in fields} == fields
@@ -470,6 +472,20 @@ def test_a_secret_can_be_removed_at_once(
     assert ask_token(client, agent).status_code == 401
     assert ask_token(client, new).status_code == 200
     assert operator.call("DELETE", f"{path}/{old['id']}").status_code == 404
+
+
+def test_removing_a_secret_ends_the_refresh_tokens_it_was_used_for(
+    operator: Operator, client: FlaskClient, agent: dict[str, Any]
+) -> None:
+    leaked = ask_token(client, agent).json
+    leaked = ask_refresh(client, leaked["refresh_token"]).json
+    new = {**agent, **(operator.act(agent, "rotate", grace_period=3600).json or {})}
+    good = ask_token(client, new).json
+    path = f"/{agent['agent']['id']}/secrets"
+    old = operator.call("GET", path).json["secrets"][1]
+    operator.call("DELETE", f"{path}/{old['id']}")
+    assert ask_refresh(client, leaked["refresh_token"]).status_code == 400
+    assert ask_refresh(client, good["refresh_token"]).status_code == 200
 
 
 def test_removing_a_secret_is_an_update_of_the_agent(

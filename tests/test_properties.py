@@ -96,6 +96,7 @@ class Life(World):
             fields={
                 **dict.fromkeys(("description", "owner", "token_ttl", "rate_limit")),
                 **{"name": "an agent", "scopes": [], "audiences": [], "metadata": {}, **given},
+                "require_client_auth_for_refresh": False,
             },
             created_at=self.now,
             updated_at=self.now,
@@ -155,7 +156,10 @@ class Life(World):
         gone = listed[-1 - which % len(listed)]
         for status in (204, 404):
             self.operate("DELETE", f"{path}/{gone['id']}", status)
-        next(secret for secret in agent.secrets if hint(secret) == gone["hint"]).deleted = True
+        secret = next(secret for secret in agent.secrets if hint(secret) == gone["hint"])
+        secret.deleted = True
+        for grant in self.all_grants:
+            grant.family.secret_deleted |= grant.family.secret is secret
         agent.updated_at = self.now
         agent.tell("agent.updated", "admin")
 
@@ -199,8 +203,9 @@ class Life(World):
     @rule(which=picks, body=rotations)
     def rotate_myself(self, which: int, body: dict[str, Any]) -> None:
         grant = self.grant(which)
-        answer = self.act(grant, "POST", "/api/agents/me/rotate", 200, json=body)
-        if answer:
+        status = 200 if grant.agent.may_rotate(self.now) else 429
+        answer = self.act(grant, "POST", "/api/agents/me/rotate", status, json=body)
+        if answer and status == 200:
             grant.agent.rotate(answer["client_secret"], self.now, by="self", **body)
 
     @rule(which=picks)
@@ -251,7 +256,7 @@ class Life(World):
         secret.last_used_at = self.now
         agent.count(agent.issued, self.now)
         agent.tell("token.issued", agent.id)
-        family = Family(agent, agent.version, self.now + FAMILY_TTL, [], [])
+        family = Family(agent, agent.version, self.now + FAMILY_TTL, [], [], secret=secret)
         self.keep(family, response, asked or agent.fields["scopes"], resource or [ISSUER])
 
     @rule(which=picks, asked=asked_scopes, resource=asked_resources, way=ways, proved=st.booleans())

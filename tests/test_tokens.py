@@ -429,6 +429,21 @@ def test_credentials_sent_with_a_refresh_are_checked(
     assert ask_refresh(client, token["refresh_token"], **credentials).status_code == 200
 
 
+@pytest.mark.parametrize("where", ["the setting", "the agent"])
+def test_refreshing_may_need_credentials(make_app: Callable[..., Flask], where: str) -> None:
+    by_setting = where == "the setting"
+    app = make_app(REQUIRE_CLIENT_AUTH_FOR_REFRESH="1" if by_setting else "0")
+    client, agent = app.test_client(), Operator(app).create(require_client_auth_for_refresh=not by_setting)
+    refresh_token = ask_token(client, agent).json["refresh_token"]
+    credentials = {name: agent[name] for name in ("client_id", "client_secret")}
+    for fields in ({}, {"client_id": agent["client_id"]}):
+        refused(ask_refresh(client, refresh_token, **fields), 401, "invalid_client")
+    assert ask_refresh(client, refresh_token, **credentials).status_code == 200
+    # Without credentials, a token that was used before does not end its family.
+    refused(ask_refresh(client, refresh_token), 401, "invalid_client")
+    assert ask_refresh(client, refresh_token, **credentials).status_code == 400
+
+
 def test_a_refresh_with_the_right_client_id_alone_is_fine(
     client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:

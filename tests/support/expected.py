@@ -52,8 +52,8 @@ class Agent:
     refreshed: Counter[str] = field(default_factory=Counter)
     last_activity_at: datetime | None = None
     last_token_issued_at: datetime | None = None
-    minute_began_at: datetime | None = None
-    minute_count: int = 0
+    counted: list[datetime] = field(default_factory=list)  # what counts against its rate limit
+    own_rotations: list[datetime] = field(default_factory=list)
     events: list[tuple[str, str, str]] = field(default_factory=list)  # type, actor, the agent's name then
 
     def is_live(self, now: datetime) -> bool:
@@ -63,9 +63,12 @@ class Agent:
         return self.expires_at is not None and self.expires_at <= now
 
     def has_room(self, now: datetime) -> bool:
-        """Whether `rate_limit` leaves a token this minute."""
-        limit, began = self.fields["rate_limit"], self.minute_began_at
-        return limit is None or began is None or began + MINUTE <= now or self.minute_count < limit
+        """Whether `rate_limit` leaves a token or a rotation."""
+        limit = self.fields["rate_limit"]
+        return limit is None or sum(moment >= now - MINUTE for moment in self.counted) < limit
+
+    def may_rotate(self, now: datetime) -> bool:
+        return self.has_room(now) and sum(moment > now - MINUTE for moment in self.own_rotations) < 6
 
     def tell(self, event: str, actor: str) -> None:
         self.events.append((event, actor, self.fields["name"]))
@@ -74,11 +77,11 @@ class Agent:
         """A token was given."""
         days[str(now.date())] += 1
         self.last_activity_at = self.last_token_issued_at = now
-        if self.fields["rate_limit"] is None:
-            return
-        if self.minute_began_at is None or self.minute_began_at + MINUTE <= now:
-            self.minute_began_at, self.minute_count = now, 0
-        self.minute_count += 1
+        self.count_against_limit(now)
+
+    def count_against_limit(self, now: datetime) -> None:
+        if self.fields["rate_limit"] is not None:
+            self.counted.append(now)
 
     def lifetime(self, now: datetime, wanted: timedelta) -> timedelta:
         """`wanted`, or less: nothing outlives its agent."""
@@ -129,6 +132,8 @@ class Agent:
         self.version += revoke_tokens
         if by == "self":
             self.last_activity_at = now
+            self.own_rotations.append(now)
+            self.count_against_limit(now)
         self.tell("agent.credentials_rotated", self.id if by == "self" else "admin")
 
     def deactivate(self, now: datetime, actor: str) -> None:
@@ -172,10 +177,17 @@ class Family:
     expires_at: datetime = datetime.min
     jti: str = ""
     ended: bool = False
+    secret: Secret | None = None
+    secret_deleted: bool = False  # by the operator: its access tokens live on
 
     def is_there(self, now: datetime) -> bool:
         """Whether a used token of it is still known for what it is."""
-        there = not self.ended and not self.agent.deleted and self.version == self.agent.version
+        there = (
+            not self.ended
+            and not self.secret_deleted
+            and not self.agent.deleted
+            and self.version == self.agent.version
+        )
         return there and self.expires_at > now
 
     def held_scopes(self) -> list[str]:
@@ -219,6 +231,10 @@ class Grant:
         """A scope taken from the agent is gone from its older tokens too."""
         return [scope for scope in self.scopes if scope in self.agent.fields["scopes"]]
 
+    def held_audiences(self) -> list[str]:
+        allowed = {ISSUER, *self.agent.fields["audiences"]}
+        return [audience for audience in self.audiences if audience in allowed]
+
     def refresh_is_live(self, now: datetime) -> bool:
         family = self.family
         return self.agent.is_live(now) and family.is_there(now) and family.newest == self.refresh
@@ -226,7 +242,7 @@ class Grant:
     def access_facts(self) -> dict[str, Any]:
         """What introspection says of the access token while it lives."""
         return {
-            **self._facts(self.held(), self.audiences),
+            **self._facts(self.held(), self.held_audiences()),
             "exp": int(self.expires_at.timestamp()),
             "iat": int(self.issued_at.timestamp()),
             "jti": self.jti,
