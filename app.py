@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import sys
 from functools import partial
@@ -24,11 +25,11 @@ import events
 import keys
 import oauth
 import schemas
-from api import MAX_BODY, Blueprint, Problem, cached_response, read_body
+from api import MAX_BODY, Blueprint, Problem, cached_response, read_body, refuse_nul
 from config import HERE, VERSION, SettingError, Settings
 from console import docs, openapi
 from migrations import upgrade
-from models import NEWEST_KEY, DecryptionError, db
+from models import NEWEST_KEY, DecryptionError, db, new_id
 from ops import access_log, cleanup, metrics
 from webhooks import routes as webhooks
 
@@ -59,6 +60,9 @@ _PREFLIGHT = {
 }
 _EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SECRET = re.compile(r"(cs|rt|whsec)_|eyJ")
+
 bp = Blueprint("service", __name__, description="Service")
 
 # The errors of HTTP itself.
@@ -86,11 +90,12 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     metrics.init_app(app)  # first: it records each request's start time
     # Before local mode may refuse a request, which has an id and a log line too.
     access_log.init_app(app, settings)
-    events.init_app(app)
+    app.before_request(_assign_request_id)
     app.after_request(_add_headers)
     if settings.cors_origins:
         app.before_request(_answer_preflight)
         app.after_request(_allow_origin)
+    app.before_request(refuse_nul)
     app.before_request(read_body)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)
@@ -192,7 +197,15 @@ def _guard() -> None:
         guard()
 
 
+def _assign_request_id() -> None:
+    """Take the caller's request id, unless it is malformed or holds a secret: ids are logged and stored."""
+    given = request.headers.get("X-Request-Id", "")
+    is_good = _REQUEST_ID.fullmatch(given) and not _SECRET.search(given) and not auth.is_admin_token(given)
+    g.request_id = given if is_good else new_id("req_")
+
+
 def _add_headers(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.request_id
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     if request.is_secure:  # RFC 6797 §7.2

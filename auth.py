@@ -140,7 +140,7 @@ def require_operator() -> None:
         _require(ADMIN_SCOPE)
     except Problem as problem:
         if problem.status == 401 and "Authorization" in request.headers:
-            events.count_failure(None, is_recorded=True)
+            events.record_failure("operator")
         raise
 
 

@@ -93,14 +93,16 @@ class AuthenticationFailed(InvalidClientError):
     """RFC 6749 §5.2 `invalid_client`, always 401; one text, which does not reveal which clients exist.
 
     :param reason: the label under which the failure is counted.
+    :param agent: the row of the agent that the caller named, if there is one.
     """
 
     status_code = 401
     description = "Client authentication failed: check client_id and client_secret."
 
-    def __init__(self, description: str | None = None, *, reason: str) -> None:
+    def __init__(self, description: str | None = None, *, reason: str, agent: Any = None) -> None:
         super().__init__(description)
         self.reason = reason
+        self.agent = agent
 
     def get_headers(self) -> list[tuple[str, str]]:
         """Return the challenge of RFC 7617 §2 in place of Authlib's."""
@@ -175,7 +177,9 @@ def authenticate(request: OAuth2Request) -> Client:
     try:
         client = _by_assertion(request) if "client_assertion" in request.form else _by_secret(request)
     except (AuthenticationFailed, credentials.Throttled) as error:
-        events.count_failure(error.reason, is_recorded=True, client_id=_named_client(request))
+        events.count_failure(error.reason)
+        if isinstance(error, AuthenticationFailed):
+            events.record_failure("client", error.agent)
         raise
     if not is_active(client.row, client.now):
         events.count_failure("inactive_agent")
@@ -189,12 +193,6 @@ def carries_credentials(request: OAuth2Request) -> bool:
     """Whether the request carries client credentials."""
     sent = {"client_secret", "client_assertion"} & set(request.form)
     return bool(sent) or _basic_credentials(request.headers) is not None
-
-
-def _named_client(request: OAuth2Request) -> str | None:
-    basic = _basic_credentials(request.headers)
-    name = basic[0] if basic else request.form.get("client_id")
-    return name if name and credentials.is_client_id(name) else None
 
 
 def _by_secret(request: OAuth2Request) -> Client:
@@ -213,11 +211,11 @@ def _by_secret(request: OAuth2Request) -> Client:
     moment = now()
     # A malformed secret has no hint, and so no row.
     hint = credentials.client_secret_hint(secret)
-    is_well_formed = hint is not None and credentials.is_client_id(client_id)
-    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if is_well_formed else None
+    is_named = credentials.is_client_id(client_id)
+    row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if is_named else None
     if not credentials.verify(secret, row.hash if row else None, client_id):
         reason = "malformed" if hint is None else "wrong_secret" if row else "unknown_client"
-        raise AuthenticationFailed(reason=reason)
+        raise AuthenticationFailed(reason=reason, agent=row)
     return Client(row, moment)
 
 
@@ -226,8 +224,9 @@ def _by_assertion(request: OAuth2Request) -> Client:
     if "client_secret" in form or _basic_credentials(request.headers):
         raise InvalidRequestError("Send the client credentials one way: a secret or an assertion.")
     try:
-        client = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)(_find_by_client_id, request)
-    except AuthenticationFailed:
+        client = method(_find_by_client_id, request)
+    except AuthenticationFailed as error:
+        error.agent = method.agent
         # A signature cannot be guessed, so a valid one is never throttled: only failures are counted.
         credentials.throttle(lambda: False, "assertion", known=False)
         raise
@@ -244,6 +243,7 @@ class ClientAssertion(JWTBearerClientAssertion):
 
     CLIENT_AUTH_METHOD = "private_key_jwt"
 
+    agent: Any = None  # the row of the assertion's subject, once it is read
     def __call__(self, query_client: Any, request: OAuth2Request) -> Client | None:
         """Run Authlib's steps; replace the errors that would reveal which clients exist."""
         try:
@@ -255,9 +255,9 @@ class ClientAssertion(JWTBearerClientAssertion):
         return client
 
     def resolve_client_public_key(self, client: Client) -> KeySet:
-        if not client.row.jwks:
-            raise _assertion_error()
-        return KeySet.import_key_set(client.row.jwks)
+        self.agent = client.row
+        # Without keys, keys that nobody has: the refusal takes as long.
+        return KeySet.import_key_set(client.row.jwks if client.row and client.row.jwks else _foreign_keys())
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
         """Return the claims when one of the agent's keys has signed them.

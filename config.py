@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
@@ -125,6 +125,7 @@ class State:
     metrics: CollectorRegistry = field(init=False)
     signing_keys: list[ParsedKey] = field(default_factory=list)  # oldest first
     verified_secrets: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+    failures: dict[Any, Any] = field(default_factory=dict)  # of sign-ins, not yet in the audit log
     # Ends the mark by which other processes see that a server uses the database.
     stop_serving: Callable[[], object] = lambda: None
 

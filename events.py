@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
-import time
-from collections import OrderedDict
+from collections import Counter
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+import prometheus_client as prometheus
 import sqlalchemy as sa
-from flask import Flask, Response, g, has_request_context, request
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from flask import g, has_request_context, request
 from sqlalchemy.exc import SQLAlchemyError
 
 import schemas
 from api import BY_OPERATOR, Blueprint
+from config import state
 from database import is_transient, newest_page, reading, writing
 from models import Delivery, Event, Number, Timestamp, Webhook, has_word, new_id, now
 
 OPERATOR = "admin"
 NOBODY = "anonymous"
 
-# Request ids are logged and stored: a secret sent as one by mistake is replaced.
-_REQUEST_ID = re.compile(r"(?!cs_|rt_|whsec_)[A-Za-z0-9._-]{1,64}")
 _INSERT = sa.insert(Event).returning(Event.pk)
 # One row for each webhook that subscribes to the event, in the same transaction.
 _OUTBOX = sa.insert(Delivery).from_select(
@@ -44,10 +42,10 @@ _OUTBOX = sa.insert(Delivery).from_select(
     ),
 )
 
-disable_created_metrics()  # multiprocess mode has none
-REGISTRY = CollectorRegistry()  # the library's default holds metrics of one process
-_counter = partial(Counter, registry=REGISTRY)
-DURATION = Histogram(
+prometheus.disable_created_metrics()  # multiprocess mode has none
+REGISTRY = prometheus.CollectorRegistry()  # the library's default holds metrics of one process
+_counter = partial(prometheus.Counter, registry=REGISTRY)
+DURATION = prometheus.Histogram(
     "lanyard_http_request_duration_seconds",
     "Requests, by how long they took to answer.",
     ["route", "method", "status"],
@@ -70,31 +68,18 @@ for status in ("delivered", "retrying", "dead"):
     ATTEMPTS.labels(status)
 
 
-class _Limiter:
-    """Allow one event of a kind a minute, and one of any kind a second, in this process."""
-
-    def __init__(self) -> None:
-        self._last: OrderedDict[object, float] = OrderedDict()
-        self._any = float("-inf")
-
-    def allow(self, kind: object) -> bool:
-        now = time.monotonic()
-        if now < self._any + 1 or now < self._last.get(kind, float("-inf")) + 60:
-            return False
-        self._any = self._last[kind] = now
-        self._last.move_to_end(kind)
-        if len(self._last) > 1000:
-            self._last.popitem(last=False)
-        return True
+REPORT_INTERVAL = timedelta(minutes=10)  # between entries about failed sign-ins at one agent
+ADDRESSES = 1000  # that are counted apart in one entry
+ADDRESSES_SHOWN = 10
 
 
-_failures = _Limiter()
+class _Failures:
+    """Failed sign-ins at one agent, or at none that exists, which are not in the audit log yet."""
 
-
-def init_app(app: Flask) -> None:
-    """Give every request an id, the caller's own if it is valid, and return it in the response."""
-    app.before_request(_assign_request_id)
-    app.after_request(_return_request_id)
+    def __init__(self, agent: Any) -> None:
+        self.agent = agent
+        self.reported_at: datetime | None = None
+        self.attempts: Counter[str] = Counter()  # by address
 
 
 def record(
@@ -102,12 +87,14 @@ def record(
     type_: str,
     agent: Any = None,
     *,
+    actor: str | None = None,
     only_webhook: int | None = None,
     **data: Any,
 ) -> int:
     """Record an event in the caller's write transaction, and put it in the outbox; return its row number.
 
     :param agent: the agent concerned, an object with `id`, `name` and `client_id`.
+    :param actor: the caller, unless it is the request's, or the operator's command.
     :param only_webhook: the row number of the one webhook to notify, whatever it subscribes to.
     :param data: further facts; never a secret, a hash or a token.
     """
@@ -118,14 +105,14 @@ def record(
         "id": new_id("evt_"),
         "type": type_,
         "created_at": moment,
-        "actor": OPERATOR,
+        "actor": actor or (g.get("actor", NOBODY) if has_request_context() else OPERATOR),
         "agent_id": data.get("agent_id"),
         "address": None,
         "request_id": None,
         "data": data,
     }
     if has_request_context():
-        row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
+        row |= {"address": request.remote_addr, "request_id": g.request_id}
     event_pk: int = connection.execute(_INSERT, row).scalar_one()
     if only_webhook is not None:
         delivery = {"webhook_pk": only_webhook, "event_pk": event_pk}
@@ -136,39 +123,69 @@ def record(
     return event_pk
 
 
-def count_failure(reason: str | None, *, is_recorded: bool = False, client_id: str | None = None) -> None:
-    """Count a failed authentication, of each request only the first; record some as `auth.failed`.
+def count_failure(reason: str) -> None:
+    """Count a failed authentication in the metrics, of each request only the first.
 
-    :param reason: a label of the counter; None for a failure that is only recorded.
-    :param is_recorded: record it, unless many fail: they must not fill the log.
+    :param reason: a label of the counter.
     """
-    if reason and not g.get("has_failed"):
+    if not g.get("has_failed"):
         g.has_failed = True
         _FAILURES.labels(reason).inc()
-    if is_recorded and _failures.allow((client_id, request.remote_addr)):
-        data: dict[str, Any] = {"client_id": client_id} if client_id else {}
-        try:
-            with writing(durable=False, exclusive=False) as connection:
-                record(connection, "auth.failed", **data)
-        except SQLAlchemyError as error:
-            # A locked database must not turn a refusal into another response.
-            if not is_transient(error):
-                raise
+
+
+def record_failure(credential: str, agent: Any = None) -> None:
+    """Count a guess for the audit log: an entry at once, then one every REPORT_INTERVAL with the number.
+
+    Each process counts by itself; what a killed one has not recorded is lost.
+
+    :param credential: whose: `client` or `operator`.
+    :param agent: the agent that was named, if it exists.
+    """
+    key = (credential, agent and agent.client_id)
+    failures = state().failures.setdefault(key, _Failures(agent))
+    address = request.remote_addr or ""
+    is_counted_apart = address in failures.attempts or len(failures.attempts) < ADDRESSES
+    failures.attempts[address if is_counted_apart else "others"] += 1
+    report_failures()
+
+
+def report_failures(*, everything: bool = False) -> None:
+    """Record the counted failures of each agent whose last entry is old enough, or of all."""
+    moment = now()
+    for key, failures in list(state().failures.items()):
+        last = failures.reported_at
+        if last is not None and last <= moment < last + REPORT_INTERVAL and not everything:
+            continue
+        failures.reported_at = moment
+        attempts, failures.attempts = failures.attempts, Counter()
+        if not attempts:
+            state().failures.pop(key, None)
+        elif not _record_failures(key[0], failures.agent, attempts):
+            failures.reported_at = last
+            failures.attempts.update(attempts)
+
+
+def _record_failures(credential: str, agent: Any, attempts: Counter[str]) -> bool:
+    data: dict[str, Any] = {
+        "credential": credential,
+        "attempts": attempts.total(),
+        "address_count": len(attempts),
+        "addresses": [address for address, _ in attempts.most_common(ADDRESSES_SHOWN)],
+    }
+    try:
+        with writing(durable=False, exclusive=False) as connection:
+            record(connection, "auth.failed", agent, actor=NOBODY, **data)
+    except SQLAlchemyError as error:
+        # A locked database must not turn a refusal into another response.
+        if not is_transient(error):
+            raise
+        return False
+    return True
 
 
 def set_caller(actor: str, client_id: str | None = None) -> None:
     """Set the caller of this request, for events and the access log: `admin`, or an agent's id."""
     g.actor, g.client_id = actor, client_id
-
-
-def _assign_request_id() -> None:
-    given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req_")
-
-
-def _return_request_id(response: Response) -> Response:
-    response.headers["X-Request-Id"] = g.request_id
-    return response
 
 
 bp = Blueprint(

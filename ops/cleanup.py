@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from flask import Flask, Response
 from sqlalchemy.exc import SQLAlchemyError
 
+import events
 from config import settings
 from database import is_transient, reading, writing
 from models import Base, Event, Webhook, now
@@ -62,6 +63,7 @@ def init_app(app: Flask) -> None:
 
 def delete_batch() -> bool:
     """Delete one batch of expired rows of each table; return whether there may be more."""
+    events.report_failures()
     return max(_delete_batch(patient=False).values()) == BATCH
 
 

@@ -7,20 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from authlib.oauth2.rfc7523.client import ASSERTION_TYPE
 from flask import Flask
 from flask.testing import FlaskClient
+from joserfc.jwk import ECKey
+from joserfc.jwt import encode as sign
 from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer, run_command
 from support.clock import Clock
+from support.instances import ADMIN_TOKEN
 
 import credentials
-import events
-from events import _Limiter
 from ops import cleanup
-
-
-@pytest.fixture(autouse=True)
-def every_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Limiter, "allow", lambda self, kind: True)
 
 
 def log(client: FlaskClient, query: str = "") -> list[dict[str, Any]]:
@@ -74,7 +71,10 @@ def test_an_event_has_its_address_and_request_id(make_app: Callable[..., Flask])
     assert (event["address"], event["request_id"]) == ("203.0.113.9", "deploy-7")
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "é", "rt_x", "cs_x", "whsec_x"])
+@pytest.mark.parametrize(
+    "given",
+    ["", "a b", "x" * 65, 'a"b', "é", "rt_x", "cs_x", "whsec_x", "id-cs_x", "eyJhbGciOiJ", ADMIN_TOKEN],
+)
 def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: str) -> None:
     told = client.get("/health", headers={"X-Request-Id": given}).headers["X-Request-Id"]
     assert told != given
@@ -90,22 +90,81 @@ def test_a_refresh_token_used_twice_is_one_event(
     assert event["data"]["agent_id"] == agent["agent"]["id"]
 
 
-def test_failed_sign_ins_are_events(client: FlaskClient, agent: dict[str, Any]) -> None:
-    ask_token(client, agent, client_secret="cs_guess")
-    ask_token(client, agent, client_id="'; DROP TABLE agents")
+def failed(client: FlaskClient) -> list[dict[str, Any]]:
+    """What the log holds of failed sign-ins, oldest first."""
+    return [event["data"] for event in log(client, "?type=auth.failed")[::-1]]
+
+
+def guess(client: FlaskClient, client_id: str, address: str = "127.0.0.1") -> int:
+    body = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": "cs_guess"}
+    return client.post("/oauth/token", json=body, environ_overrides={"REMOTE_ADDR": address}).status_code
+
+
+def test_a_failed_sign_in_is_an_event(client: FlaskClient, agent: dict[str, Any]) -> None:
+    guess(client, agent["client_id"])
+    guess(client, "'; DROP TABLE agents")
     client.get("/api/agents", headers={"Authorization": "Bearer guess"})
-    told = log(client, "?type=auth.failed")
-    assert [event["data"] for event in told] == [{}, {}, {"client_id": agent["client_id"]}]
-    assert {event["actor"] for event in told} == {"anonymous"}
+    named = {"agent_id": agent["agent"]["id"], "agent_name": "an agent", "client_id": agent["client_id"]}
+    once = {"attempts": 1, "address_count": 1, "addresses": ["127.0.0.1"]}
+    assert failed(client) == [
+        {**named, "credential": "client", **once},
+        {"credential": "client", **once},
+        {"credential": "operator", **once},
+    ]
+    assert {event["actor"] for event in log(client, "?type=auth.failed")} == {"anonymous"}
+    assert len(log(client, f"?agent_id={agent['agent']['id']}&type=auth.failed")) == 1
 
 
-def test_guessers_do_not_fill_the_log(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(events, "_failures", _Limiter())
-    for _ in range(50):
-        body = {"grant_type": "client_credentials", "client_id": credentials.new_client_id()}
-        client.post("/oauth/token", json={**body, "client_secret": "x"})
-    assert 1 <= len(log(client, "?type=auth.failed")) <= 3
+def test_further_failures_are_one_event_with_their_number(
+    client: FlaskClient, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    for number in range(40):
+        for _ in range(5):
+            guess(client, credentials.new_client_id(), "192.0.2.1")
+        guess(client, agent["client_id"], f"198.51.100.{number % 20}")
+    assert [data["attempts"] for data in failed(client)] == [1, 1]
+    time_machine.advance(minutes=10)
+    guess(client, agent["client_id"], "203.0.113.1")
+    others, own = failed(client)[2:]
+    assert (own["client_id"], own["attempts"], own["address_count"]) == (agent["client_id"], 40, 21)
+    assert len(own["addresses"]) == 10
+    # One address may fail two hundred times; what is refused after that is no attempt.
+    assert (others["attempts"], others["addresses"]) == (199, ["192.0.2.1"])
+
+
+def test_the_last_failures_are_recorded_without_another(
+    app: Flask, client: FlaskClient, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    for _ in range(3):
+        guess(client, agent["client_id"])
+    time_machine.advance(minutes=10)
+    with app.app_context():
+        for _ in range(3):
+            cleanup.delete_batch()
+    assert [data["attempts"] for data in failed(client)] == [1, 2]
+
+
+def test_a_throttled_guesser_adds_nothing_to_the_log(
+    client: FlaskClient, agent: dict[str, Any], time_machine: Clock
+) -> None:
+    statuses = [guess(client, agent["client_id"]) for _ in range(70)]
+    assert statuses.count(429) == 20
+    time_machine.advance(minutes=10)
+    guess(client, agent["client_id"])
+    assert [data["attempts"] for data in failed(client)] == [1, 50]
+
+
+def test_a_forged_assertion_is_a_failure_of_its_agent(client: FlaskClient, operator: Operator) -> None:
+    key, other = ECKey.generate_key("P-256"), ECKey.generate_key("P-256")
+    jwks = {"keys": [key.as_dict(private=False)]}
+    agent = operator.create(token_endpoint_auth_method="private_key_jwt", jwks=jwks)
+    claims = {"sub": agent["client_id"], "iss": agent["client_id"]}
+    body = {
+        "client_assertion_type": ASSERTION_TYPE,
+        "client_assertion": sign({"alg": "ES256"}, claims, other),
+    }
+    client.post("/oauth/token", data={"grant_type": "client_credentials", **body})
+    assert [data["client_id"] for data in failed(client)] == [agent["client_id"]]
 
 
 def test_a_request_without_credentials_is_no_failed_sign_in(client: FlaskClient) -> None:

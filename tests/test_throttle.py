@@ -16,7 +16,6 @@ from support.clock import Clock
 from werkzeug.test import TestResponse
 
 import credentials
-import events
 from credentials import new_client_id, new_client_secret
 from models import FailedSignIns, db
 from ops import cleanup
@@ -220,14 +219,15 @@ def test_an_expired_access_token_is_no_guess_at_the_admin_token(
     assert client.get("/api/agents", headers=OPERATOR).status_code == 200
 
 
-def test_a_throttled_guesser_shows_in_the_log(
-    client: FlaskClient, agent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(events, "_failures", events._Limiter())
-    guess_until_throttled(client, agent["client_id"])
-    found = client.get("/api/events?type=auth.failed", headers=OPERATOR).json["events"]
-    assert found[0]["data"] == {"client_id": agent["client_id"]}
-    assert found[0]["address"] == "127.0.0.1"
+def test_guesses_that_look_like_tokens_are_throttled_apart(client: FlaskClient) -> None:
+    assert [manage(client, f"eyJ-guess-{i}") for i in range(51)] == [401] * 50 + [429]
+    assert manage(client, OPERATOR["Authorization"].removeprefix("Bearer ")) == 200
+
+
+def test_an_admin_token_that_looks_like_a_token_is_throttled(make_app: Callable[..., Flask]) -> None:
+    client = make_app(ADMIN_TOKEN="eyJhbGciOiJSUzI1").test_client()
+    assert [manage(client, f"eyJ-guess-{i}") for i in range(50)] == [401] * 50
+    assert manage(client, "eyJhbGciOiJSUzI1") == 429
 
 
 # rate_limit
