@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _INVALID = (
     "The access token is expired, revoked, malformed or for another audience, or its agent is inactive."
 )
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+_WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.%]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 _FORWARDING_HEADERS = re.compile(
     r"forwarded|via|x-forwarded.*|x-original-.*|x-real-ip|(x-)?(cluster-)?client-ip"
     r"|cf-connecting-ip|true-client-ip|fly-client-ip|x-envoy-external-address",
@@ -206,9 +207,21 @@ def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
         read_admin_token(admin_token_file(settings))
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops, x_host=hops)  # type: ignore[method-assign]
+        fixed = ProxyFix(partial(_with_address, app.wsgi_app), x_for=hops, x_proto=hops, x_host=hops)
+        app.wsgi_app = fixed  # type: ignore[method-assign]
     if settings.local:
         app.before_request(_refuse_foreign_requests)
+
+
+def _with_address(wsgi_app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    """Reduce what a proxy forwarded to an IP address: some append a port (Azure, IIS)."""
+    forwarded = environ["REMOTE_ADDR"].strip()
+    if match := _WITH_PORT.fullmatch(forwarded):
+        forwarded = match[1] or match[2]
+    # What is no address counts as the proxy's.
+    proxy = environ["werkzeug.proxy_fix.orig"]["REMOTE_ADDR"]
+    environ["REMOTE_ADDR"] = str(credentials.parse_address(forwarded) or proxy)
+    return wsgi_app(environ, start_response)
 
 
 def carries_admin_token() -> bool:
@@ -218,26 +231,41 @@ def carries_admin_token() -> bool:
     """
     sent = parse_authorization(request.headers.get("Authorization", ""))
     if sent is not None and sent.type == "bearer":
-        return _is_admin_token(sent.token or "")
+        return _check_admin_token(sent.token or "")
     if sent is not None and sent.type == "basic" and sent.username == "admin":
-        return _is_admin_token(sent.password or "")
+        return _check_admin_token(sent.password or "")
     return False
 
 
-def _is_admin_token(text: str) -> bool:
+def is_admin_token(text: str) -> bool:
+    """Whether the text is the admin token; counts no guess."""
     expected = _admin_token()
-    is_right = expected is not None and credentials.same(text, expected)
-    # An access token is no attempt at the admin token.
-    if text.startswith("eyJ"):
-        return is_right
+    return expected is not None and credentials.same(text, expected)
+
+
+def _check_admin_token(text: str) -> bool:
+    is_right = is_admin_token(text)
+    is_token = text.startswith("eyJ")
+    if is_token and not is_right and _is_signed(text):
+        return False  # no guess, even if it has expired
+    # Apart, so that an agent with a token of a deleted key does not lock out the operator.
+    name = "token" if is_token else "admin"
     try:
-        credentials.throttle(lambda: is_right, "admin", known=True)
+        credentials.throttle(lambda: is_right, name, known=True)
     except credentials.Throttled as error:
         events.count_failure(error.reason)
         raise
     if not is_right:
         events.count_failure("admin_token")
     return is_right
+
+
+def _is_signed(text: str) -> bool:
+    """Whether one of the keys has signed this text."""
+    with suppress(InvalidTokenError):
+        AccessTokenValidator(settings().issuer, None).authenticate_token(text)
+        return True
+    return False
 
 
 def admin_token_file(settings: Settings) -> Path:

@@ -14,7 +14,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from string import ascii_letters, digits
 from typing import Any, NamedTuple
@@ -224,11 +224,6 @@ class Limit(NamedTuple):
         """How far ahead of the clock failures may set `clear_at`, however many are counted together."""
         return (self.failures + 1) * self.pause
 
-    @property
-    def latest(self) -> timedelta:
-        """How far ahead `clear_at` may be: further ahead, it was written before the clock was set back."""
-        return self.most + self.pause  # another process may have read the clock later
-
 
 # For one client secret, or the admin token, from one address: fifty, then ten a minute.
 SECRET = Limit(50, timedelta(seconds=6))
@@ -236,19 +231,15 @@ SECRET = Limit(50, timedelta(seconds=6))
 ADDRESS = Limit(200, timedelta(seconds=1))
 
 _READ = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
-_CLEAR_AT = bindparam("clear_at", type_=Timestamp)
-_NOW, _MOST, _LATEST = (bindparam(name, type_=Timestamp) for name in ("now", "most", "latest"))
-_IS_CURRENT = FailedSignIns.clear_at.between(_NOW, _LATEST)
-_NEXT = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("seconds", type_=sa.BigInteger)
-_LATER = sa.case((_NEXT > _MOST, _MOST), else_=_NEXT)
+_CAP = sa.update(FailedSignIns).where(FailedSignIns.key == bindparam("of")).values(clear_at=_MOST)
+_NEXT = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("pause", type_=sa.BigInteger)
+_LATER = sa.case((FailedSignIns.clear_at < _NOW, _FIRST), (_NEXT > _MOST, _MOST), else_=_NEXT)
+_NOW, _FIRST, _MOST = (bindparam(name, type_=Timestamp) for name in ("now", "first", "most"))
 # In one statement, so that failures at the same time are all counted.
 _COUNT = (
     insert(FailedSignIns)
-    .values(key=bindparam("key"), clear_at=_CLEAR_AT)
-    .on_conflict_do_update(
-        index_elements=[FailedSignIns.key],
-        set_={"clear_at": sa.case((_IS_CURRENT, _LATER), else_=_CLEAR_AT)},
-    )
+    .values(key=bindparam("key"), clear_at=_FIRST)
+    .on_conflict_do_update(index_elements=[FailedSignIns.key], set_={"clear_at": _LATER})
 )
 
 
@@ -263,13 +254,11 @@ def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
     """
     address = _address()
     buckets = {f"{address} {name}": SECRET} | ({} if known else {address: ADDRESS})
-    moment = now()
-    with reading() as connection:
-        for key, limit in buckets.items():
-            clear_at = connection.scalar(_READ, {"key": key}) or moment
-            excess = clear_at - moment - limit.failures * limit.pause
-            if timedelta(0) <= excess and clear_at <= moment + limit.latest:
-                raise Throttled(int(excess.total_seconds()) + 1)
+    excess = (
+        max(_clear_at(key, limit) - limit.failures * limit.pause for key, limit in buckets.items()) - now()
+    )
+    if excess >= timedelta(0):
+        raise Throttled(int(excess.total_seconds()) + 1)
     if check():
         return True
     moment = now()
@@ -349,12 +338,6 @@ def too_many_requests(text: str, wait: timedelta) -> Problem:
 def turn(*key: object) -> threading.Lock:
     """Return a lock of this process for what a key names; two keys may share one."""
     return _turns[hash(key) % len(_turns)]
-
-
-            times = {"now": moment, "most": moment + limit.most, "latest": moment + limit.latest}
-            first = {"key": key, "clear_at": moment + limit.pause, "seconds": limit.pause.seconds}
-            connection.execute(_COUNT, first | times)
-    return False
 
 
 def _address() -> str:

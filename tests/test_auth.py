@@ -129,6 +129,39 @@ def test_trusted_proxies_tell_where_a_request_came_from(make_app: Callable[..., 
     assert address_of(make_app(TRUSTED_PROXIES="2")) == "198.51.100.1"
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "address"),
+    [
+        ("203.0.113.20:51234", "203.0.113.20"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("::ffff:203.0.113.20", "203.0.113.20"),
+        ("unknown", "127.0.0.1"),
+        ("x" * 200, "127.0.0.1"),
+        ("\0", "127.0.0.1"),
+        ("203.0.113.20:51234:9", "127.0.0.1"),
+    ],
+)
+def test_what_a_proxy_forwards_is_an_address(
+    make_app: Callable[..., Flask], forwarded: str, address: str
+) -> None:
+    client = make_app(TRUSTED_PROXIES="1").test_client()
+    headers = {**OPERATOR, "X-Forwarded-For": forwarded}
+    assert client.post("/api/agents", json={"name": "x"}, headers=headers).status_code == 201
+    (event,) = client.get("/api/events", headers=OPERATOR).json["events"]
+    assert event["address"] == address
+
+
+def test_a_port_that_a_proxy_appends_makes_no_new_guesser(make_app: Callable[..., Flask]) -> None:
+    client = make_app(TRUSTED_PROXIES="1").test_client()
+    statuses = []
+    for port in range(60):
+        headers = {"Authorization": "Bearer a-guess", "X-Forwarded-For": f"203.0.113.20:{50_000 + port}"}
+        statuses.append(client.get("/api/agents", headers=headers).status_code)
+    assert 429 in statuses
+
+
 # Local mode
 
 

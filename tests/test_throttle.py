@@ -153,14 +153,14 @@ def test_a_failure_is_forgotten_after_six_seconds(
     assert guess_until_throttled(client, agent["client_id"]) == 50
 
 
-def test_a_clock_set_back_locks_nobody_out(
+def test_a_clock_set_back_neither_frees_a_guesser_nor_locks_out_for_long(
     client: FlaskClient, agent: dict[str, Any], time_machine: Clock
 ) -> None:
     guess_until_throttled(client, agent["client_id"])
+    time_machine.advance(days=-1)
     assert guess_until_throttled(client, agent["client_id"]) == 0
     assert int(guess(client, agent["client_id"]).headers["Retry-After"]) <= 7
     time_machine.advance(seconds=51 * 6)
-    time_machine.advance(days=-1)
     assert guess_until_throttled(client, agent["client_id"]) == 50
 
 
@@ -248,12 +248,12 @@ def test_an_agent_gets_no_more_tokens_a_minute_than_its_limit(
     time_machine.advance(seconds=40)
     assert ask_token(client, agent).status_code == 429
     time_machine.advance(seconds=1)
-    assert [ask_token(client, agent).status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert [ask_token(client, agent).status_code for _ in range(2)] == [200, 429]
+    time_machine.advance(seconds=20)
+    assert [ask_token(client, agent).status_code for _ in range(3)] == [200, 200, 429]
     assert operator.get(agent)["token_count"] == 5
 
 
-def test_a_refused_refresh_leaves_the_refresh_token_as_it_was(
-    client: FlaskClient, operator: Operator, time_machine: Clock
 def test_no_sixty_seconds_have_more_tokens_than_the_limit(
     client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
@@ -266,6 +266,8 @@ def test_no_sixty_seconds_have_more_tokens_than_the_limit(
     assert max(sum(start <= moment <= start + 60 for moment in times) for start in range(180)) == 30
 
 
+def test_a_refused_refresh_leaves_the_refresh_token_as_it_was(
+    client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
     agent = operator.create(rate_limit=1)
     refresh = {"refresh_token": ask_token(client, agent).json["refresh_token"]}
