@@ -283,11 +283,25 @@ class _TokenEndpoint:
         return self.query_token(request.form["token"])
 
     def query_token(self, text: str) -> ValidToken | None:
-        return _refresh_token(text) if text.startswith("rt_") else _access_token(text)
+        raise NotImplementedError
 
 
 class Introspection(_TokenEndpoint, IntrospectionEndpoint):
     """RFC 7662. Any agent may introspect any token: it may be a resource server."""
+
+    def query_token(self, text: str) -> ValidToken | None:
+        """Return the token without the audiences that its agent has lost, or None when none is left."""
+        if text.startswith("rt_"):
+            return _refresh_token(text)
+        token = _access_token(text)
+        if token is None:
+            return None
+        issued_for = token.claims["aud"]
+        allowed = {*token.agent.audiences, settings().audience}
+        left = [
+            name for name in ([issued_for] if isinstance(issued_for, str) else issued_for) if name in allowed
+        ]
+        return token._replace(claims={**token.claims, "aud": _aud(left)}) if left else None
 
     def create_introspection_payload(self, token: ValidToken | None) -> dict[str, Any]:
         return {"active": True, **token.claims} if token else {"active": False}
@@ -324,6 +338,11 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
         events.TOKENS_REVOKED.inc()
 
 
+def _aud(audiences: list[str]) -> str | list[str]:
+    """Return the claim `aud` (RFC 7519 §4.1.3)."""
+    return audiences[0] if len(audiences) == 1 else audiences
+
+
 def _access_token(text: str) -> ValidToken | None:
     verified = auth.inspect_token(text)
     if verified is None:
@@ -346,7 +365,7 @@ def _refresh_token(text: str) -> ValidToken | None:
             "scope": " ".join(scopes),
             "client_id": row.client_id,
             "sub": row.client_id,
-            "aud": audiences[0] if len(audiences) == 1 else audiences,
+            "aud": _aud(audiences),
             "iss": settings().issuer,
             "exp": int(row.family_expires_at.timestamp()),
             "iat": int(row.family_issued_at.timestamp()),

@@ -54,6 +54,29 @@ def test_a_good_access_token_is_described(
     } | {"jti": response.json["jti"]}
 
 
+def test_an_audience_taken_from_the_agent_is_gone_from_its_tokens(
+    client: FlaskClient, operator: Operator
+) -> None:
+    agent = operator.create(audiences=["one", "two"])
+    both = ask_token(client, agent, resource=["one", "two"]).json["access_token"]
+    one = ask_token(client, agent, resource="one").json["access_token"]
+    assert introspect(client, both).json["aud"] == ["one", "two"]
+    operator.patch(agent, audiences=["two"])
+    assert introspect(client, both).json["aud"] == "two"
+    assert introspect(client, one).json == INACTIVE
+    operator.patch(agent, audiences=["two", "one"])
+    assert introspect(client, one).json["aud"] == "one"
+
+
+def test_a_token_whose_audience_was_taken_can_be_revoked(client: FlaskClient, operator: Operator) -> None:
+    agent = operator.create(audiences=["one"])
+    token = ask_token(client, agent, resource="one").json["access_token"]
+    operator.patch(agent, audiences=[])
+    assert revoke(client, token).status_code == 200
+    operator.patch(agent, audiences=["one"])
+    assert introspect(client, token).json == INACTIVE
+
+
 def test_a_good_refresh_token_is_described(
     client: FlaskClient, operator: Operator, time_machine: Clock
 ) -> None:
