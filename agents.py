@@ -14,7 +14,7 @@ from flask import g, has_request_context, request
 import credentials
 import events
 import schemas
-from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem, is_text
+from api import BY_AGENT, BY_OPERATOR, Blueprint, Problem
 from config import settings
 from database import newest_page, reading, writing
 from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_word, now
@@ -230,8 +230,7 @@ def find(connection: sa.Connection, agent_id: str) -> Any:
 
     :raises Problem: 404.
     """
-    statement = sa.select(Agent).where(Agent.id == agent_id)
-    agent = connection.execute(statement).first() if is_text(agent_id) else None
+    agent = connection.execute(sa.select(Agent).where(Agent.id == agent_id)).first()
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
     return agent
@@ -265,11 +264,11 @@ def _rotate(
         _end_secrets(connection, agent, grace_period)
         _add_secret(connection, agent, secret)
         _add_rotation(connection, agent, rotated_by)
+        if rotated_by == "self":
+            credentials.count_against_limit(connection, agent)
         if revoke_tokens:
             _end_tokens(connection, agent)
         activity = {"last_activity_at": now()} if rotated_by == "self" else {}
-        if rotated_by == "self":
-            credentials.count_against_limit(connection, agent)
         _set(connection, agent, updated_at=now(), **activity)
         data: dict[str, Any] = {"grace_period": grace_period, "revoke_tokens": revoke_tokens}
         events.record(connection, "agent.credentials_rotated", agent, rotated_by=rotated_by, **data)

@@ -22,7 +22,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields
 from marshmallow.validate import ContainsNoneOf, Length, Regexp
 from webargs.flaskparser import FlaskParser
 from werkzeug.datastructures import Authorization
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
 
 MAX_BODY = 64 * 1024  # bytes
 FORM, JSON = "application/x-www-form-urlencoded", "application/json"
@@ -44,6 +44,12 @@ class Problem(Exception):
         self.status = status
         self.body = {"error": error, "error_description": description, **members}
         self.headers = headers or {}
+
+
+def refuse_nul() -> None:
+    """Refuse a path with NUL, which PostgreSQL's text cannot hold; fields of queries and bodies do so too."""
+    if "\0" in request.path:
+        raise NotFound
 
 
 def read_body() -> None:

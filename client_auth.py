@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -20,7 +20,7 @@ from authlib.oauth2.rfc6749 import (
 from authlib.oauth2.rfc7523.client import ASSERTION_TYPE, JWTBearerClientAssertion
 from joserfc import jwt
 from joserfc.errors import JoseError
-from joserfc.jwk import KeySet
+from joserfc.jwk import ECKey, KeySet, RSAKey
 from joserfc.jwt import JWTClaimsRegistry
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
@@ -209,7 +209,7 @@ def _by_secret(request: OAuth2Request) -> Client:
             reason="malformed",
         )
     moment = now()
-    # A malformed secret has no hint, and so no row.
+    # A malformed secret has no hint, and so no hash.
     hint = credentials.client_secret_hint(secret)
     is_named = credentials.is_client_id(client_id)
     row = _first(_BY_SECRET, client_id=client_id, hint=hint, now=moment) if is_named else None
@@ -223,6 +223,7 @@ def _by_assertion(request: OAuth2Request) -> Client:
     form = request.form
     if "client_secret" in form or _basic_credentials(request.headers):
         raise InvalidRequestError("Send the client credentials one way: a secret or an assertion.")
+    method = ClientAssertion(validate_jti=True, leeway=ASSERTION_LEEWAY)
     try:
         client = method(_find_by_client_id, request)
     except AuthenticationFailed as error:
@@ -242,8 +243,8 @@ class ClientAssertion(JWTBearerClientAssertion):
     """`private_key_jwt`, RFC 7523 §3: a short-lived JWT signed by the agent, for one use."""
 
     CLIENT_AUTH_METHOD = "private_key_jwt"
-
     agent: Any = None  # the row of the assertion's subject, once it is read
+
     def __call__(self, query_client: Any, request: OAuth2Request) -> Client | None:
         """Run Authlib's steps; replace the errors that would reveal which clients exist."""
         try:
@@ -315,6 +316,13 @@ class ClientAssertion(JWTBearerClientAssertion):
         return client  # every agent with keys, whatever its registered method
 
 
+@cache
+def _foreign_keys() -> Any:
+    """Return public keys whose private halves are gone, as a JWK set."""
+    made: list[Any] = [ECKey.generate_key("P-256"), RSAKey.generate_key(2048)]
+    return KeySet(made).as_dict(private=False)
+
+
 def _assertion_error(fault: str | None = None) -> AuthenticationFailed:
     """Return the refusal of an assertion, with one text for all that is checked before the signature."""
     text = "Client authentication failed: check the client id and the key that signs."
@@ -323,9 +331,9 @@ def _assertion_error(fault: str | None = None) -> AuthenticationFailed:
     return AuthenticationFailed(text, reason="assertion")
 
 
-def _find_by_client_id(client_id: str) -> Client | None:
-    row = _first(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None
-    return Client(row, now()) if row else None
+def _find_by_client_id(client_id: str) -> Client:
+    """Return the client; its row is None when there is none, and no key matches."""
+    return Client(_first(_BY_CLIENT_ID, client_id=client_id) if is_text(client_id) else None, now())
 
 
 def _first(statement: sa.Select[Any], **values: Any) -> Any:

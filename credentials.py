@@ -23,7 +23,7 @@ import bcrypt
 import sqlalchemy as sa
 from flask import request
 from gevent import monkey, threadpool
-from joserfc.errors import UnsupportedAlgorithmError
+from joserfc.errors import UnsupportedAlgorithmError, UnsupportedHeaderError
 from joserfc.jws import JWSRegistry
 from sqlalchemy import bindparam
 from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
@@ -72,6 +72,12 @@ class Algorithms(JWSRegistry):
         if name not in (self.allowed or ()):
             raise UnsupportedAlgorithmError(f"Algorithm of {name!r} is not allowed")
         return self.algorithms[name]
+
+    def check_header(self, header: Any) -> None:
+        """Refuse every `crit` (RFC 7515 §4.1.11): no extension is known here."""
+        if "crit" in header:
+            raise UnsupportedHeaderError("No critical extension is known here")
+        super().check_header(header)
 
 
 def new_client_id() -> str:
@@ -230,11 +236,11 @@ SECRET = Limit(50, timedelta(seconds=6))
 # For everything that names no valid secret, from one address: two hundred, then one a second.
 ADDRESS = Limit(200, timedelta(seconds=1))
 
+_NOW, _FIRST, _MOST = (bindparam(name, type_=Timestamp) for name in ("now", "first", "most"))
 _READ = sa.select(FailedSignIns.clear_at).where(FailedSignIns.key == bindparam("key"))
 _CAP = sa.update(FailedSignIns).where(FailedSignIns.key == bindparam("of")).values(clear_at=_MOST)
 _NEXT = sa.type_coerce(FailedSignIns.clear_at, sa.BigInteger) + bindparam("pause", type_=sa.BigInteger)
 _LATER = sa.case((FailedSignIns.clear_at < _NOW, _FIRST), (_NEXT > _MOST, _MOST), else_=_NEXT)
-_NOW, _FIRST, _MOST = (bindparam(name, type_=Timestamp) for name in ("now", "first", "most"))
 # In one statement, so that failures at the same time are all counted.
 _COUNT = (
     insert(FailedSignIns)
@@ -264,6 +270,11 @@ def throttle(check: Callable[[], bool], name: str, *, known: bool) -> bool:
     moment = now()
     with writing(durable=False, exclusive=False) as connection:
         for key, limit in buckets.items():
+            times = {"now": moment, "first": moment + limit.pause, "most": moment + limit.most}
+            connection.execute(_COUNT, {"key": key, "pause": limit.pause.seconds, **times})
+    return False
+
+
 def _clear_at(key: str, limit: Limit) -> datetime:
     """Return when the failures in a bucket are forgotten; before now if there are none."""
     with reading() as connection:

@@ -154,11 +154,12 @@ def use_refresh_token(text: str, is_authenticated: bool) -> Client:
 
     :param is_authenticated: whether the request carries valid client credentials.
     :raises InvalidGrantError: with one text, whatever is wrong with the token.
+    :raises AuthenticationFailed: when the agent needs credentials; the family stays as it is.
     """
     client = find_by_refresh_token(text)
-    if client is not None and not _is_newest(client, text):
     if client is not None and not is_authenticated and client.row.require_client_auth_for_refresh:
         raise AuthenticationFailed(_NEEDS_CREDENTIALS, reason="malformed")
+    if client is not None and not _is_newest(client, text):
         _end_reused_family(client)
     if client is None or not _is_usable(client):
         raise _invalid_refresh_token()

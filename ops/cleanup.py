@@ -24,10 +24,10 @@ INTERVAL = 10  # seconds between batches in one process, once nothing is left to
 # Each table's column that holds the end of a row, and how long the row is needed after it.
 _EXPIRING = {
     "refresh_families": ("expires_at", timedelta(0)),
-    # A day more, for a clock that was ahead for a while: a used assertion must not become valid again.
+    # Longer, for a clock that was ahead for a while: what was used or revoked must not become valid again.
     "spent_assertions": ("expires_at", timedelta(days=1)),
     "failed_sign_ins": ("clear_at", timedelta(0)),
-    "revoked_tokens": ("expires_at", timedelta(days=1)),
+    "revoked_tokens": ("expires_at", timedelta(days=31)),
     "client_secrets": ("expires_at", timedelta(0)),
     "signing_keys": ("gone_at", timedelta(0)),
     "usage_days": ("day", timedelta(days=31)),

@@ -47,12 +47,24 @@ def test_expired_rows_are_deleted_a_batch_at_a_time(
     client.post("/api/keys/rotate", headers=OPERATOR)
     tables = ["refresh_families", "revoked_tokens", "client_secrets", "signing_keys"]
     assert [rows(app, table) for table in tables] == [5, 5, 2, 2]
-    time_machine.advance(days=9)
+    time_machine.advance(days=32)
     client.get("/health").close()
     assert [rows(app, table) for table in tables] == [3, 3, 1, 1]
     for _ in range(2):
         client.get("/health").close()
     assert [rows(app, table) for table in tables] == [0, 0, 1, 1]
+
+
+def test_a_clock_that_was_ahead_revives_no_revoked_token(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    token = ask_token(client, operator.create()).json["access_token"]
+    client.post("/oauth/revoke", data={"token": token}, headers=OPERATOR)
+    time_machine.advance(days=30)
+    client.get("/health").close()
+    time_machine.advance(days=-30)
+    body = client.post("/oauth/introspect", data={"token": token}, headers=OPERATOR).json
+    assert body == {"active": False}
 
 
 def test_days_that_the_usage_shows_no_more_are_deleted(

@@ -170,7 +170,9 @@ def keyed_agent(operator: Operator, key: Key) -> dict[str, Any]:
 def sign(keyed_agent: dict[str, Any], key: Key, time_machine: Clock) -> Sign:
     """Make an assertion; the arguments replace claims (None leaves one out) and headers."""
 
-    def make(header: dict[str, Any] | None = None, signer: Key = key, **claims: Any) -> str:
+    def make(
+        header: dict[str, Any] | None = None, signer: Key = key, registry: Any = None, **claims: Any
+    ) -> str:
         now = int(time_machine.now().timestamp())
         plain = {
             "iss": keyed_agent["client_id"],
@@ -182,7 +184,7 @@ def sign(keyed_agent: dict[str, Any], key: Key, time_machine: Clock) -> Sign:
             **claims,
         }
         body = {name: value for name, value in plain.items() if value is not None}
-        registry = JWSRegistry(algorithms=list(JWSRegistry.algorithms), strict_check_header=False)
+        registry = registry or JWSRegistry(algorithms=list(JWSRegistry.algorithms), strict_check_header=False)
         return jwt.encode({"alg": "ES256", **(header or {})}, body, signer, registry=registry)
 
     return make
@@ -285,6 +287,14 @@ def test_a_header_member_that_is_not_understood_is_ignored(client: FlaskClient, 
     assert ask_signed(client, sign(header={"note": "x"})).status_code == 200
 
 
+@pytest.mark.parametrize("crit", [[], ["exp"], ["kid"], "x", None])
+def test_a_critical_header_member_is_refused(client: FlaskClient, sign: Sign, crit: object) -> None:
+    registry = JWSRegistry(algorithms=["ES256"])
+    registry.check_header = lambda header: None  # type: ignore[method-assign]
+    assertion = sign(header={"crit": crit, "kid": "x", "exp": 1}, registry=registry)
+    refused(ask_signed(client, assertion), 401, "invalid_client")
+
+
 def test_an_audience_in_a_list_of_one_is_fine(client: FlaskClient, sign: Sign) -> None:
     assert ask_signed(client, sign(aud=["http://localhost:8080"])).status_code == 200
 
@@ -315,6 +325,22 @@ def test_a_stranger_learns_nothing(client: FlaskClient, key: Key, sign: Sign) ->
     for response in (unknown, forged, garbage):
         refused(response, 401, "invalid_client")
     assert unknown.data == forged.data == garbage.data
+
+
+def test_an_agent_without_keys_and_none_cost_the_same_work(
+    client: FlaskClient, agent: dict[str, Any], sign: Sign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    decode = jwt.decode
+    monkeypatch.setattr(
+        jwt, "decode", lambda *args, **kwargs: (checked.append("x"), decode(*args, **kwargs))[1]
+    )
+    counts = []
+    for claims in ({}, {"sub": agent["client_id"]}, {"sub": credentials.new_client_id()}):
+        checked.clear()
+        refused(ask_signed(client, sign(signer=ECKey.generate_key("P-256"), **claims)), 401, "invalid_client")
+        counts.append(len(checked))
+    assert min(counts) >= 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import credentials
 import events
 import schemas
-from api import BY_OPERATOR, Blueprint, Problem, is_text
+from api import BY_OPERATOR, Blueprint, Problem
 from config import settings
 from database import newest_page, reading, writing
 from models import EVENT_GROUPS, EVENT_TYPES, Delivery, EncryptedText, Event, Webhook, now
@@ -195,9 +195,7 @@ def _check_url(fields: dict[str, Any]) -> None:
 
 
 def _find(connection: sa.Connection, webhook_id: str) -> Any:
-    # PostgreSQL's text type has no NUL.
-    statement = sa.select(*WITHOUT_SECRETS).where(Webhook.id == webhook_id)
-    webhook = connection.execute(statement).first() if is_text(webhook_id) else None
+    webhook = connection.execute(sa.select(*WITHOUT_SECRETS).where(Webhook.id == webhook_id)).first()
     if webhook is None:
         raise Problem(404, "not_found", "No webhook has this id.")
     return webhook
