@@ -11,7 +11,7 @@ from functools import lru_cache
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import flask_smorest
 import marshmallow
@@ -93,14 +93,17 @@ def parse_json(raw: bytes) -> Any:
 def read_parameters(names: Collection[str]) -> dict[str, Any]:
     """Read the OAuth parameters called `names` from a form or JSON body (RFC 6749 §3.2).
 
-    Each is a string; `resource`, which may repeat (RFC 8707 §2), is a list. Empty ones count as left out.
+    Each is a string; `resource` (RFC 8707 §2), also called `audience` (RFC 8693), may repeat and is a list.
+    Empty ones, and null in JSON, count as left out.
 
     :raises InvalidRequestError: when the body is malformed or a parameter is repeated or no string.
     """
     parameters: dict[str, Any] = {}
     resources: list[Any] = []
     for name, value in _read_pairs():
-        if name == "resource":
+        if value is None:
+            continue
+        if name in ("resource", "audience"):
             resources += value if isinstance(value, list) else [value]
         elif name in parameters:
             raise InvalidRequestError("A parameter is repeated.")
@@ -144,6 +147,22 @@ def is_text(value: object) -> bool:
     if not isinstance(value, str) or "\0" in value:
         return False
     return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+def canonical(name: str) -> str:
+    """Return the spelling by which audiences and issuers are compared (RFC 3986 §6.2.2-6.2.3).
+
+    Scheme and host in lower case, no default port, `/` for an empty path. What is no URI with a host stays.
+    """
+    try:
+        parts = urlsplit(name)
+    except ValueError:
+        return name
+    if not parts.scheme or not parts.netloc:
+        return name
+    user, at, host = parts.netloc.rpartition("@")
+    host = host.lower().removesuffix({"http": ":80", "https": ":443"}.get(parts.scheme, ":"))
+    return parts._replace(netloc=user + at + host.removesuffix(":"), path=parts.path or "/").geturl()
+
+
 
 
 @lru_cache(maxsize=256)

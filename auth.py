@@ -25,7 +25,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 import credentials
 import events
 import keys
-from api import Problem, parse_authorization
+from api import Problem, canonical, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
 from models import Agent, RevokedToken, SigningKey, Timestamp, now
@@ -66,7 +66,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             raise InvalidTokenError() from None
         options: Any = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
         options["iss"] = {"essential": True, "value": self.issuer}
-        options["aud"] = {"essential": True, "value": self.resource_server}
+        options["aud"] = {"essential": True}
         return Claims(token.claims, token.header, options)
 
     def validate_token(
@@ -79,7 +79,10 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         try:
             token.validate(now=int(now().timestamp()))
         except JoseError:
-            raise InvalidTokenError() from None
+            raise InvalidTokenError("The access token is of another issuer.") from None
+        aud = token["aud"] if isinstance(token["aud"], list) else [token["aud"]]
+        if self.resource_server and canonical(self.resource_server) not in map(canonical, aud):
+            raise InvalidTokenError("The access token is for another audience.")
         agent = _find_agent(token)
         if agent is None:
             raise InvalidTokenError()

@@ -18,6 +18,7 @@ from authlib.oauth2.rfc6749 import (
     OAuth2Request,
 )
 from authlib.oauth2.rfc7523.client import ASSERTION_TYPE, JWTBearerClientAssertion
+from flask import request
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, KeySet, RSAKey
@@ -27,7 +28,7 @@ from sqlalchemy.dialects.postgresql import insert  # compiles for SQLite too
 
 import credentials
 import events
-from api import is_text, parse_authorization
+from api import canonical, is_text, parse_authorization
 from config import settings
 from database import reading, writing
 from models import NEWEST_KEY, Agent, ClientSecret, SpentAssertion, Timestamp, is_active, now
@@ -35,7 +36,7 @@ from models import NEWEST_KEY, Agent, ClientSecret, SpentAssertion, Timestamp, i
 AUTH_METHODS = ("client_secret_basic", "client_secret_post", "private_key_jwt")
 # RFC 7515 §4: header members that are not understood are ignored.
 ASSERTION_ALGORITHMS = credentials.Algorithms(
-    algorithms=("RS256", "PS256", "ES256", "EdDSA"), strict_check_header=False
+    algorithms=("RS256", "PS256", "ES256", "EdDSA", "Ed25519"), strict_check_header=False
 )
 ASSERTION_TTL = 300  # seconds
 ASSERTION_LEEWAY = 30  # seconds a client's clock may be off
@@ -147,12 +148,12 @@ class Client(ClientMixin):
     @property
     def granted_audiences(self) -> list[str]:
         """The audiences that the family was granted, without those that the agent has lost."""
-        return [audience for audience in self.row.family_audiences if audience in self.allowed_audiences]
+        return [name for name in self.row.family_audiences if canonical(name) in self.allowed_audiences]
 
     @property
     def allowed_audiences(self) -> set[str]:
-        """The agent's audiences, and the server's own, which every agent may ask for."""
-        return {*self.row.audiences, settings().audience}
+        """The canonical spelling of the agent's audiences, and of the server's own."""
+        return allowed_audiences(self.row)
 
     @cached_property
     def token_lifetime(self) -> int:
@@ -165,6 +166,16 @@ class Client(ClientMixin):
             return seconds
         left: timedelta = self.row.expires_at - self.now
         return min(seconds, left // timedelta(seconds=1))
+
+def allowed_audiences(agent: Any) -> set[str]:
+    """Return what the agent's tokens may be for, each in its canonical spelling."""
+    return {canonical(name) for name in (*agent.audiences, settings().audience)}
+
+
+def quotable(words: list[str]) -> str:
+    """Return the first of some words of a caller, as an error description may repeat them (RFC 6749 §5.2)."""
+    return re.sub(r"[^ !#-\[\]-~]", "?", " ".join(words[:8]))[:200]
+
 
 
 def authenticate(request: OAuth2Request) -> Client:
@@ -258,7 +269,12 @@ class ClientAssertion(JWTBearerClientAssertion):
     def resolve_client_public_key(self, client: Client) -> KeySet:
         self.agent = client.row
         # Without keys, keys that nobody has: the refusal takes as long.
-        return KeySet.import_key_set(client.row.jwks if client.row and client.row.jwks else _foreign_keys())
+        jwks = client.row.jwks if client.row and client.row.jwks else _foreign_keys()
+        # RFC 9864: EdDSA and Ed25519 are one algorithm here, and a key that names one verifies both.
+        members = [
+            {name: key[name] for name in key if key["kty"] != "OKP" or name != "alg"} for key in jwks["keys"]
+        ]
+        return KeySet.import_key_set({"keys": members})
 
     def process_assertion_claims(self, assertion: str, keys: KeySet) -> dict[str, Any]:
         """Return the claims when one of the agent's keys has signed them.
@@ -285,10 +301,8 @@ class ClientAssertion(JWTBearerClientAssertion):
             JWTClaimsRegistry(moment, self.leeway, **rules).validate(claims)
         except JoseError as error:
             raise _assertion_error(error.description.removesuffix(".")) from None
-        # One audience only: an assertion made for another server must not work here too.
-        ours = (settings().issuer, settings().url("/oauth/token"))
-        if claims["aud"] not in (*ours, *([audience] for audience in ours)):
-            raise _assertion_error("aud must be the issuer or the token endpoint, and nothing else")
+        if not self._is_for_us(claims["aud"]):
+            raise _assertion_error("aud must be the issuer, the token endpoint or this address, nothing else")
         if claims["iss"] != claims["sub"]:
             raise _assertion_error("iss and sub must both be the client_id")
         ends_at = self._end(claims)
@@ -296,6 +310,14 @@ class ClientAssertion(JWTBearerClientAssertion):
             raise _assertion_error(f"it is valid for {ASSERTION_TTL} seconds at most")
         if not self.validate_jti(claims, claims["jti"]):
             raise _assertion_error("its jti was used before")
+    @staticmethod
+    def _is_for_us(aud: Any) -> bool:
+        """Whether every audience is ours: an assertion made for another server must not work here too."""
+        names = [aud] if isinstance(aud, str) else aud
+        urls = (settings().issuer, settings().url("/oauth/token"), settings().url(request.path))
+        ours = set(map(canonical, urls))
+        return bool(names) and all(isinstance(name, str) and canonical(name) in ours for name in names)
+
 
     @staticmethod
     def _end(claims: dict[str, Any]) -> int:

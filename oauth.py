@@ -29,7 +29,7 @@ import events
 import keys
 import oauth_schemas
 import tokens
-from api import BY_ANY, BY_CLIENT, Blueprint, cached_response, read_parameters
+from api import BY_ANY, BY_CLIENT, Blueprint, cached_response, canonical, read_parameters
 from config import Settings, settings, state
 from database import writing
 
@@ -188,8 +188,8 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
     def validate_token_request(self) -> None:
         """Authenticate the client and check scope and audiences (RFC 8707)."""
         super().validate_token_request()
-        requested = _requested_audiences(self.request) or [settings().audience]
-        if not set(requested) <= self.client.allowed_audiences:
+        requested = _requested_audiences(self.request)
+        if not set(map(canonical, requested)) <= self.client.allowed_audiences:
             raise OAuth2Error(_BAD_TARGET, error="invalid_target")
         self.client.audiences = requested
 
@@ -240,15 +240,23 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
         # RFC 8707 §2.2: the granted audiences, or fewer.
         granted = self.client.granted_audiences
         requested = _requested_audiences(self.request) or granted
-        if not requested or not set(requested) <= set(granted):
-            raise OAuth2Error(_BAD_TARGET, error="invalid_target")
+        if not requested or not set(map(canonical, requested)) <= set(map(canonical, granted)):
+            text = "The resource is not one that the refresh token was given and the agent still has."
+            raise OAuth2Error(text, error="invalid_target")
         return requested
 
 
 def _requested_audiences(request: OAuth2Request) -> list[str]:
-    # The issuer, which identifies this server in RFC 9728, is accepted in place of its audience.
-    own = {settings().issuer: settings().audience}
-    return list(dict.fromkeys(own.get(name, name) for name in request.form.get("resource", ())))
+    """Return the audiences in the spelling that was asked for, without repeats."""
+    issuer, audience = canonical(settings().issuer), canonical(settings().audience)
+    asked: dict[str, str] = {}
+    for name in request.form.get("resource", ()):
+        # The issuer, which identifies this server in RFC 9728, is accepted in place of its audience.
+        is_issuer = canonical(name) == issuer != audience
+        asked.setdefault(
+            audience if is_issuer else canonical(name), settings().audience if is_issuer else name
+        )
+    return list(asked.values())
 
 
 class ValidToken(NamedTuple):
@@ -296,11 +304,9 @@ class Introspection(_TokenEndpoint, IntrospectionEndpoint):
         token = _access_token(text)
         if token is None:
             return None
-        issued_for = token.claims["aud"]
-        allowed = {*token.agent.audiences, settings().audience}
-        left = [
-            name for name in ([issued_for] if isinstance(issued_for, str) else issued_for) if name in allowed
-        ]
+        aud = token.claims["aud"]
+        allowed = client_auth.allowed_audiences(token.agent)
+        left = [name for name in ([aud] if isinstance(aud, str) else aud) if canonical(name) in allowed]
         return token._replace(claims={**token.claims, "aud": _aud(left)}) if left else None
 
     def create_introspection_payload(self, token: ValidToken | None) -> dict[str, Any]:

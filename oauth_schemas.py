@@ -37,6 +37,7 @@ class Parameters(Schema):
 class _Grant(Parameters):
     scope = _parameter("Scopes, separated by spaces. Left out: all that are allowed.")
     resource = fields.List(fields.String(), **doc("Audiences (RFC 8707). Left out: Lanyard itself.", []))
+    audience = fields.List(fields.String(), **doc("Another name for `resource` (RFC 8693).", []))
 
 
 class TokenRequest(_Grant):

@@ -142,7 +142,7 @@ def test_only_the_right_secret_reveals_that_the_agent_is_off(
 def generate(algorithm: str) -> Key:
     if algorithm == "ES256":
         return ECKey.generate_key("P-256")
-    if algorithm == "EdDSA":
+    if algorithm in ("EdDSA", "Ed25519"):
         return OKPKey.generate_key("Ed25519")
     return RSAKey.generate_key(2048)
 
@@ -208,7 +208,7 @@ def test_an_agent_with_keys_has_no_secret(operator: Operator, keyed_agent: dict[
     assert operator.call("POST", f"{path}/rotate").status_code == 409
 
 
-@pytest.mark.parametrize("algorithm", ["RS256", "PS256", "ES256", "EdDSA"])
+@pytest.mark.parametrize("algorithm", ["RS256", "PS256", "ES256", "EdDSA", "Ed25519"])
 def test_each_algorithm_proves_an_agent(client: FlaskClient, operator: Operator, algorithm: str) -> None:
     key = generate(algorithm)
     agent = register(operator, key)
@@ -293,6 +293,43 @@ def test_a_critical_header_member_is_refused(client: FlaskClient, sign: Sign, cr
     registry.check_header = lambda header: None  # type: ignore[method-assign]
     assertion = sign(header={"crit": crit, "kid": "x", "exp": 1}, registry=registry)
     refused(ask_signed(client, assertion), 401, "invalid_client")
+
+
+@pytest.mark.parametrize("named", ["EdDSA", "Ed25519"])
+@pytest.mark.parametrize("used", ["EdDSA", "Ed25519"])
+def test_both_names_of_one_algorithm_are_equal(
+    client: FlaskClient, operator: Operator, sign: Sign, named: str, used: str
+) -> None:
+    key = generate("Ed25519")
+    jwk = {**key.as_dict(private=False), "alg": named}
+    agent = operator.create(token_endpoint_auth_method="private_key_jwt", jwks={"keys": [jwk]})
+    claims = {"iss": agent["client_id"], "sub": agent["client_id"]}
+    registry = credentials.Algorithms(algorithms=[used])  # joserfc's own warns of one of the names
+    assertion = sign(header={"alg": used}, signer=key, registry=registry, **claims)
+    assert ask_signed(client, assertion).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "aud",
+    [
+        ["http://localhost:8080", "http://localhost:8080/oauth/token"],
+        "http://localhost:8080/",
+        ["HTTP://localhost:8080/oauth/token"],
+    ],
+)
+def test_an_assertion_may_be_for_any_of_our_names(client: FlaskClient, sign: Sign, aud: object) -> None:
+    assert ask_signed(client, sign(aud=aud)).status_code == 200
+
+
+def test_an_assertion_may_be_for_the_endpoint_that_is_called(client: FlaskClient, sign: Sign) -> None:
+    for endpoint in ("introspect", "revoke"):
+        body = {
+            "token": "x",
+            "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+            "client_assertion": sign(aud=f"http://localhost:8080/oauth/{endpoint}"),
+        }
+        assert client.post(f"/oauth/{endpoint}", data=body).status_code == 200
+    refused(ask_signed(client, sign(aud="http://localhost:8080/oauth/revoke")), 401, "invalid_client")
 
 
 def test_an_audience_in_a_list_of_one_is_fine(client: FlaskClient, sign: Sign) -> None:
