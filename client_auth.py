@@ -131,10 +131,9 @@ class Client(ClientMixin):
             for the scope of its family.
         :raises InvalidScopeError: when `scope` exceeds the agent's.
         """
-        asked = self.row.scopes if scope is None else scope.split(" ") if scope else []
-        wanted = list(dict.fromkeys(asked))
-        if not set(wanted) <= set(self.row.scopes):
-            raise InvalidScopeError("The scope asks for more than this agent has.")
+        wanted = list(dict.fromkeys(self.row.scopes if scope is None else scope.split()))
+        if missing := [name for name in wanted if name not in self.row.scopes]:
+            raise InvalidScopeError(f"This agent does not have the scope: {quotable(missing)}.")
         return " ".join(wanted)
 
     def check_grant_type(self, grant_type: str) -> bool:
@@ -167,6 +166,7 @@ class Client(ClientMixin):
         left: timedelta = self.row.expires_at - self.now
         return min(seconds, left // timedelta(seconds=1))
 
+
 def allowed_audiences(agent: Any) -> set[str]:
     """Return what the agent's tokens may be for, each in its canonical spelling."""
     return {canonical(name) for name in (*agent.audiences, settings().audience)}
@@ -175,7 +175,6 @@ def allowed_audiences(agent: Any) -> set[str]:
 def quotable(words: list[str]) -> str:
     """Return the first of some words of a caller, as an error description may repeat them (RFC 6749 §5.2)."""
     return re.sub(r"[^ !#-\[\]-~]", "?", " ".join(words[:8]))[:200]
-
 
 
 def authenticate(request: OAuth2Request) -> Client:
@@ -310,6 +309,7 @@ class ClientAssertion(JWTBearerClientAssertion):
             raise _assertion_error(f"it is valid for {ASSERTION_TTL} seconds at most")
         if not self.validate_jti(claims, claims["jti"]):
             raise _assertion_error("its jti was used before")
+
     @staticmethod
     def _is_for_us(aud: Any) -> bool:
         """Whether every audience is ours: an assertion made for another server must not work here too."""
@@ -317,7 +317,6 @@ class ClientAssertion(JWTBearerClientAssertion):
         urls = (settings().issuer, settings().url("/oauth/token"), settings().url(request.path))
         ours = set(map(canonical, urls))
         return bool(names) and all(isinstance(name, str) and canonical(name) in ours for name in names)
-
 
     @staticmethod
     def _end(claims: dict[str, Any]) -> int:

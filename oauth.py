@@ -148,7 +148,10 @@ class TokenRequest(OAuth2Request):
         for name in _NEVER_IN_QUERY if request.query_string else ():
             if name in request.args:
                 raise InvalidRequestError(f"Send {name} in the body, never in the URL.")
-        self.payload = BasicOAuth2Payload(read_parameters(_PARAMETERS))
+        parameters = read_parameters(_PARAMETERS)
+        # RFC 6749 §3.3 separates scopes by one space, clients and people by more.
+        scope = " ".join(parameters.pop("scope", "").split())
+        self.payload = BasicOAuth2Payload(parameters | ({"scope": scope} if scope else {}))
 
     @property
     def form(self) -> Any:
@@ -231,10 +234,13 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
     def _narrowed_scope(self) -> str:
         granted = self.client.granted_scopes
         scope = self.request.payload.scope
-        requested = scope.split(" ") if scope else granted
-        if not set(requested) <= set(granted) or (self.client.row.family_scopes and not granted):
-            raise InvalidScopeError("The scope asks for more than this refresh token was given.")
-        return " ".join(dict.fromkeys(requested))
+        requested = list(dict.fromkeys(scope.split() if scope else granted))
+        if self.client.row.family_scopes and not granted:
+            raise InvalidScopeError("This agent has lost every scope that the refresh token was given.")
+        if missing := [name for name in requested if name not in granted]:
+            text = f"The refresh token was not given the scope: {client_auth.quotable(missing)}."
+            raise InvalidScopeError(text)
+        return " ".join(requested)
 
     def _narrowed_audiences(self) -> list[str]:
         # RFC 8707 §2.2: the granted audiences, or fewer.

@@ -126,6 +126,8 @@ def start_family(client: Client, token: dict[str, Any]) -> None:
             raise AuthenticationFailed(reason="wrong_secret")
         family = {
             **_token_columns(client, token),
+            "scopes": token["scope"].split(),
+            "audiences": client.audiences,
             "id": client.family_id,
             "agent_pk": client.row.pk,
             "secret_hint": getattr(client.row, "hint", None),
@@ -213,8 +215,6 @@ def _token_columns(client: Client, token: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that every new refresh token of a family changes."""
     return {
         "token_hash": credentials.digest(token["refresh_token"]),
-        "scopes": token["scope"].split(),
-        "audiences": client.audiences,
         "issued_at": client.now,
         "expires_at": client.now + timedelta(seconds=client.seconds_left(settings().refresh_token_ttl)),
     }

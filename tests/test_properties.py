@@ -327,7 +327,8 @@ class Life(World):
         answer, agent, now = response.json, family.agent, self.now
         lives = agent.lifetime(now, timedelta(seconds=agent.fields["token_ttl"] or ACCESS_TTL))
         claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
-        family.scopes, family.audiences = scopes, audiences
+        if not family.newest:  # a refresh may narrow its access token, never the grant
+            family.scopes, family.audiences = scopes, audiences
         family.newest, family.issued_at = answer["refresh_token"], now
         family.expires_at = min(now + agent.lifetime(now, REFRESH_TTL), family.ends_at)
         family.jti = claims["jti"].partition(".")[0]
