@@ -45,7 +45,7 @@ def create_agent(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str,
     No other response holds its client secret.
     """
     created = create(fields)
-    return created, 201, {"Location": f"/api/agents/{created['agent'].id}"}
+    return created, 201, {"Location": settings().path(f"/api/agents/{created['agent'].id}")}
 
 
 @management.get("")
@@ -226,11 +226,12 @@ def page(query: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(connection: sa.Connection, agent_id: str) -> Any:
-    """Read an agent by its id.
+    """Read an agent by its id or its client id.
 
     :raises Problem: 404.
     """
-    agent = connection.execute(sa.select(Agent).where(Agent.id == agent_id)).first()
+    column = Agent.client_id if credentials.is_client_id(agent_id) else Agent.id
+    agent = connection.execute(sa.select(Agent).where(column == agent_id)).first()
     if agent is None:
         raise Problem(404, "not_found", "No agent has this id.")
     return agent

@@ -60,6 +60,20 @@ _PREFLIGHT = {
 }
 _EXPOSED = "X-Request-Id, Retry-After, WWW-Authenticate, Location"
 
+LINKS = {
+    "agents": "/api/agents",
+    "token": "/oauth/token",
+    "refresh": "/oauth/refresh",
+    "introspect": "/oauth/introspect",
+    "revoke": "/oauth/revoke",
+    "jwks": "/.well-known/jwks.json",
+    "metadata": "/.well-known/oauth-authorization-server",
+    "health": "/health",
+    "ready": "/health/ready",
+    "metrics": "/metrics",
+    "openapi": "/openapi.json",
+    "docs": "/docs",
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECRET = re.compile(r"(cs|rt|whsec)_|eyJ")
 
@@ -146,20 +160,7 @@ def about() -> dict[str, Any]:
     return {
         "name": "Lanyard",
         "version": VERSION,
-        "links": {
-            "agents": "/api/agents",
-            "token": "/oauth/token",
-            "refresh": "/oauth/refresh",
-            "introspect": "/oauth/introspect",
-            "revoke": "/oauth/revoke",
-            "jwks": "/.well-known/jwks.json",
-            "metadata": "/.well-known/oauth-authorization-server",
-            "health": "/health",
-            "ready": "/health/ready",
-            "metrics": "/metrics",
-            "openapi": "/openapi.json",
-            "docs": "/docs",
-        },
+        "links": {name: config.settings().path(path) for name, path in LINKS.items()},
     }
 
 

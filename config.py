@@ -97,6 +97,10 @@ class Settings:
         """Return the URL of `path` for clients."""
         return self.issuer.rstrip("/") + path
 
+    def path(self, path: str) -> str:
+        """Return `path` below the issuer's, under which a proxy may serve Lanyard."""
+        return urlsplit(self.issuer).path.rstrip("/") + path
+
     @property
     def uses_sqlite(self) -> bool:
         """Whether the database is a SQLite file, not PostgreSQL."""

@@ -194,7 +194,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         requested = _requested_audiences(self.request)
         if not set(map(canonical, requested)) <= self.client.allowed_audiences:
             raise OAuth2Error(_BAD_TARGET, error="invalid_target")
-        self.client.audiences = requested
+        self.client.audiences = requested or [settings().audience]
 
     def create_token_response(self) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
         """Issue and store the tokens. (Authlib's method would write them to its debug log.)"""
@@ -400,7 +400,12 @@ def authorization_server() -> Response:
 
     Many clients look for it only at the path of OpenID Connect.
     """
-    return cached_response(json.dumps(_metadata(settings())).encode(), METADATA_MAX_AGE)
+    document = _metadata(settings())
+    if request.url_rule and "openid-configuration" in request.url_rule.rule:
+        # OpenID Connect Discovery §3: strict clients refuse the document without these.
+        signing = {"id_token_signing_alg_values_supported": [settings().signing_alg]}
+        document |= {"subject_types_supported": ["public"], **signing}
+    return cached_response(json.dumps(document).encode(), METADATA_MAX_AGE)
 
 
 @well_known_bp.get("/.well-known/oauth-protected-resource")
@@ -436,7 +441,7 @@ def _metadata(settings: Settings) -> dict[str, Any]:
         "jwks_uri": settings.url("/.well-known/jwks.json"),
         "introspection_endpoint": settings.url("/oauth/introspect"),
         "revocation_endpoint": settings.url("/oauth/revoke"),
-        "response_types_supported": [],
+        "response_types_supported": ["none"],  # RFC 8414 §2 requires it, §3.2 forbids an empty list
         "grant_types_supported": ["client_credentials", "refresh_token"],
     }
     for endpoint in ("token", "introspection", "revocation"):

@@ -32,6 +32,15 @@ def test_creating_answers_the_agent_and_its_credentials(operator: Operator) -> N
     assert re.fullmatch(r"cs_[A-Za-z0-9_-]{57}", body["client_secret"])
 
 
+def test_a_client_id_in_the_path_finds_the_agent(operator: Operator, agent: dict[str, Any]) -> None:
+    path = f"/{agent['client_id']}"
+    assert operator.call("GET", path).json["agent"]["id"] == agent["agent"]["id"]
+    assert operator.call("PATCH", path, json={"name": "new"}).status_code == 200
+    assert set(operator.call("POST", f"{path}/rotate").json) == {"client_secret"}
+    assert operator.call("DELETE", path).status_code == 204
+    assert operator.call("GET", path).status_code == 404
+
+
 def test_every_field_comes_back_as_it_was_given(operator: Operator) -> None:
     fields: dict[str, Any] = {
         "name": "Ünïcode 🤖",

@@ -183,7 +183,7 @@ def test_nginx_serves_it_under_a_path(tmp_path: Path) -> None:
             metadata = session.get(f"https://127.0.0.1:{port}{path}").json()
             assert metadata["issuer"] == base
             answer = session.post(f"{base}/api/agents", json={"name": "x", "scopes": ["a"]}, headers=operator)
-            assert answer.headers["Location"] == f"{base}/api/agents/{answer.json()['agent']['id']}"
+            assert answer.headers["Location"] == f"/lanyard/api/agents/{answer.json()['agent']['id']}"
             token = session.post(metadata["token_endpoint"], data=token_body(answer.json())).json()
             assert jwt.decode(token["access_token"], options={"verify_signature": False})["iss"] == base
             assert session.get(metadata["jwks_uri"]).json()["keys"]

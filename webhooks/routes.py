@@ -55,7 +55,11 @@ def create_webhook(fields: dict[str, Any]) -> tuple[dict[str, Any], int, dict[st
         # Recorded before the insert: a webhook is not notified of its own creation.
         record_event(connection, "webhook.created", webhook_id, fields["name"])
         webhook = connection.execute(sa.insert(Webhook).values(row).returning(*WITHOUT_SECRETS)).one()
-    return {"webhook": webhook, "secret": secret}, 201, {"Location": f"/api/webhooks/{webhook.id}"}
+    return (
+        {"webhook": webhook, "secret": secret},
+        201,
+        {"Location": settings().path(f"/api/webhooks/{webhook.id}")},
+    )
 
 
 @bp.get("/webhooks")
