@@ -18,7 +18,7 @@ from authlib.oauth2.rfc6750 import InsufficientScopeError, InvalidTokenError
 from authlib.oauth2.rfc9068 import JWTBearerTokenValidator
 from authlib.oauth2.rfc9068.claims import JWTAccessTokenClaims
 from flask import Flask, g, request
-from joserfc.errors import JoseError
+from joserfc.errors import ExpiredTokenError, JoseError
 from sqlalchemy import bindparam
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -28,14 +28,18 @@ import keys
 from api import Problem, canonical, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
-from models import Agent, RevokedToken, SigningKey, Timestamp, now
+from models import Agent, RevokedToken, SigningKey, Timestamp, is_active, now
 from storage.files import copy_owner, sync_folder
 
 log = logging.getLogger("lanyard")
 
 ADMIN_SCOPE = "admin"
-_INVALID = (
-    "The access token is expired, revoked, malformed or for another audience, or its agent is inactive."
+_FOREIGN = "The access token is malformed or of another server."
+_NO_ADMIN_TOKEN = "This is not the admin token, and no access token of this server."
+_WRONG_BASIC = "The user or the admin token is wrong: Basic takes the user admin, with the token as password."
+_NO_TOKEN = (
+    "Send Authorization: Bearer with an access token; the management API takes the admin token,"
+    " also as Basic with the user admin."
 )
 _LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 _WITH_PORT = re.compile(r"\[([0-9A-Fa-f:.%]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
@@ -63,7 +67,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token = keys.verify(token_string)
         except (JoseError, ValueError, TypeError):
             # joserfc lets the latter two through for headers that no signer would write.
-            raise InvalidTokenError() from None
+            raise InvalidTokenError(_FOREIGN) from None
         options: Any = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
         options["iss"] = {"essential": True, "value": self.issuer}
         options["aud"] = {"essential": True}
@@ -75,9 +79,11 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         """Refuse a token that is expired, revoked, of another type or audience, or of an inactive agent."""
         # RFC 9068 §4: `typ` is required, which keeps other JWTs of this issuer out (RFC 8725 §3.11).
         if str(token.header.get("typ")).lower() not in ("at+jwt", "application/at+jwt"):
-            raise InvalidTokenError()
+            raise InvalidTokenError("This is no access token.")
         try:
             token.validate(now=int(now().timestamp()))
+        except ExpiredTokenError:
+            raise InvalidTokenError("The access token has expired.") from None
         except JoseError:
             raise InvalidTokenError("The access token is of another issuer.") from None
         aud = token["aud"] if isinstance(token["aud"], list) else [token["aud"]]
@@ -85,7 +91,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             raise InvalidTokenError("The access token is for another audience.")
         agent = _find_agent(token)
         if agent is None:
-            raise InvalidTokenError()
+            raise InvalidTokenError(_why_ended(token))
         # A scope that was taken from the agent no longer counts in tokens issued before.
         valid_scopes = [scope for scope in token["scope"].split() if scope in agent.scopes]
         if self.scope_insufficient(valid_scopes, scopes):
@@ -121,6 +127,16 @@ def _find_agent(token: JWTAccessTokenClaims) -> Any:
     }
     with reading() as connection:
         return connection.execute(_AGENT_OF_TOKEN, values).first()
+
+
+def _why_ended(token: JWTAccessTokenClaims) -> str:
+    with reading() as connection:
+        agent = connection.execute(sa.select(Agent).where(Agent.id == token.get("agent_id"))).first()
+    if agent is None:
+        return "The agent of the access token was deleted."
+    if not is_active(agent, now()):
+        return "The agent of the access token is deactivated or expired."
+    return "The access token was revoked."
 
 
 def require_agent() -> None:
@@ -169,21 +185,22 @@ def _require(scope: str | None) -> None:
         token = protector.validate_request([scope] if scope else None, request)
         g.agent, g.scopes = token.agent, token.scopes
         events.set_caller(g.agent.id, g.agent.client_id)
-    except InvalidTokenError:
+    except InvalidTokenError as error:
         events.count_failure("access_token")
-        raise _challenge(401, "invalid_token", _INVALID) from None
+        text = _NO_ADMIN_TOKEN if scope and error.description == _FOREIGN else error.description
+        raise _challenge(401, "invalid_token", text) from None
     except InsufficientScopeError:
         text = f"This needs an access token with the scope {scope}."
         raise _challenge(403, "insufficient_scope", text, scope=str(scope)) from None
     except (MissingAuthorizationError, UnsupportedTokenTypeError) as error:
-        if request.headers.get("Authorization", "").strip().lower() == "bearer":
-            raise _challenge(401, "invalid_token", _INVALID) from error
+        scheme = request.headers.get("Authorization", "").strip().lower()
+        if scheme == "bearer":
+            raise _challenge(401, "invalid_token", _FOREIGN) from error
         # RFC 6750 §3.1: the challenge to a request without a token has no error code.
         raise Problem(
             401,
             "unauthorized",
-            "Send Authorization: Bearer with an access token; the management API takes the admin token,"
-            " also as Basic with the user admin.",
+            _WRONG_BASIC if scope and scheme.startswith("basic ") else _NO_TOKEN,
             headers={"WWW-Authenticate": f"Bearer {_resource_metadata()}"},
         ) from None
 
