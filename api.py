@@ -46,18 +46,20 @@ class Problem(Exception):
         self.headers = headers or {}
 
 
-def refuse_nul() -> None:
-    """Refuse a path with NUL, which PostgreSQL's text cannot hold; fields of queries and bodies do so too."""
-    if "\0" in request.path:
+def check_path() -> None:
+    """Refuse a path with NUL, which PostgreSQL's text cannot hold, or with `//` first, which proxies miss."""
+    if "\0" in request.path or request.environ["PATH_INFO"].startswith("//"):
         raise NotFound
 
 
 def read_body() -> None:
     """Read the whole body before the route runs, also where a route ignores bodies.
 
-    :raises Problem: 400, when the body is incomplete or malformed.
+    :raises Problem: 400, when the body is incomplete or malformed; 415, when it is compressed.
     :raises RequestEntityTooLarge: when it is longer than MAX_BODY.
     """
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":  # RFC 9110 §8.4
+        raise Problem(415, "unsupported_media_type", "Send the body without a Content-Encoding.")
     length = request.content_length
     if length is not None and length > MAX_BODY:
         raise RequestEntityTooLarge
@@ -76,12 +78,13 @@ def read_body() -> None:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Parse JSON strictly (RFC 8259): UTF-8 only, no NaN, no repeated names.
+    """Parse JSON strictly (RFC 8259): UTF-8 only, no NaN, no repeated names. A byte order mark is ignored.
 
     :raises ValueError: with a sentence that names the problem.
     """
     try:
-        return json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        hooks: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _unique}
+        return json.loads(raw.decode("utf-8-sig"), parse_int=_parse_int, **hooks)
     except UnicodeDecodeError:
         raise ValueError("The body is not valid UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -120,8 +123,10 @@ def read_parameters(names: Collection[str]) -> dict[str, Any]:
 def _read_pairs() -> list[tuple[str, Any]]:
     raw = request.get_data()
     try:
+        if request.mimetype == FORM and raw.lstrip()[:1] == b"{":
+            raise InvalidRequestError("The body is JSON: send Content-Type: application/json with it.")
         if request.mimetype == FORM:
-            return parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
+            return parse_qsl(raw.decode(), keep_blank_values=True, errors="strict", max_num_fields=100)
         if request.mimetype == JSON:
             body = parse_json(raw)
             if not isinstance(body, dict):
@@ -142,11 +147,6 @@ def parse_authorization(header: str) -> Authorization | None:
         return None
 
 
-def is_text(value: object) -> bool:
-    """Return whether `value` is a string without lone surrogates, which UTF-8 lacks, and without NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 def canonical(name: str) -> str:
     """Return the spelling by which audiences and issuers are compared (RFC 3986 §6.2.2-6.2.3).
 
@@ -163,6 +163,11 @@ def canonical(name: str) -> str:
     return parts._replace(netloc=user + at + host.removesuffix(":"), path=parts.path or "/").geturl()
 
 
+def is_text(value: object) -> bool:
+    """Return whether `value` is a string without lone surrogates, which UTF-8 lacks, and without NUL."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 @lru_cache(maxsize=256)
@@ -173,6 +178,12 @@ def route_name(rule: str) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"The body is not valid JSON: {name} is not a JSON number.")
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > 1000:  # Python refuses more than 4300 digits, with a sentence of its own
+        raise ValueError("The body is not valid JSON: a number is too long.")
+    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,7 +207,9 @@ class Parser(FlaskParser):
         if not raw:
             return {}
         if req.mimetype != JSON:
-            raise Problem(415, "unsupported_media_type", "Send the body as application/json.")
+            raise Problem(
+                415, "unsupported_media_type", "Send the body as JSON, with Content-Type: application/json."
+            )
         try:
             return parse_json(raw)
         except ValueError as error:

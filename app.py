@@ -25,7 +25,7 @@ import events
 import keys
 import oauth
 import schemas
-from api import MAX_BODY, Blueprint, Problem, cached_response, read_body, refuse_nul
+from api import MAX_BODY, Blueprint, Problem, cached_response, check_path, read_body
 from config import HERE, VERSION, SettingError, Settings
 from console import docs, openapi
 from migrations import upgrade
@@ -109,7 +109,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
     if settings.cors_origins:
         app.before_request(_answer_preflight)
         app.after_request(_allow_origin)
-    app.before_request(refuse_nul)
+    app.before_request(check_path)
     app.before_request(read_body)
     _open_instance(app, settings, serving)
     oauth.init_app(app, settings)

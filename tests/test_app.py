@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import sqlalchemy as sa
@@ -30,7 +32,6 @@ BAD_BODIES: dict[str, bytes] = {
     "5000 digits": b'{"name": "x", "token_ttl": ' + b"9" * 5000 + b"}",
     "invalid UTF-8": b'{"name": "\xff"}',
     "UTF-16": '{"name": "x"}'.encode("utf-16"),
-    "byte order mark": b'\xef\xbb\xbf{"name": "x"}',
     "nested lists": b"[" * 60_000,
     "nested objects": b'{"a":' * 10_000,
     "repeated name": b'{"name": "x", "name": "y"}',
@@ -50,6 +51,34 @@ def test_the_front_page_names_and_links(client: FlaskClient) -> None:
     assert (response.json["name"], response.json["version"]) == ("Lanyard", config.VERSION)
     for path in response.json["links"].values():
         assert client.get(path).status_code != 404
+
+
+def test_links_and_locations_have_the_issuers_path(make_app: Callable[..., Flask]) -> None:
+    app = make_app(ISSUER="https://id.example.com/lanyard")
+    client = app.test_client()
+    assert all(path.startswith("/lanyard/") for path in client.get("/").json["links"].values())
+    created = Operator(app).call("POST", json={"name": "x"})
+    assert created.headers["Location"] == f"/lanyard/api/agents/{created.json['agent']['id']}"
+
+
+@pytest.mark.parametrize("path", ["//health", "//api/agents", "/%00", "/api/agents/%00"])
+def test_a_path_with_nul_or_two_slashes_first_is_not_found(client: FlaskClient, path: str) -> None:
+    response = client.get("/", environ_overrides={"PATH_INFO": unquote(path)}, headers=OPERATOR)
+    assert (response.status_code, response.json["error"]) == (404, "not_found")
+
+
+def test_a_byte_order_mark_is_ignored(client: FlaskClient) -> None:
+    body = b'\xef\xbb\xbf{"name": "x"}'
+    response = client.post("/api/agents", data=body, content_type="application/json", headers=OPERATOR)
+    assert response.status_code == 201
+
+
+@pytest.mark.parametrize("path", ["/api/agents", "/oauth/token"])
+def test_a_compressed_body_is_refused(client: FlaskClient, path: str) -> None:
+    headers = {**OPERATOR, "Content-Encoding": "gzip"}
+    response = client.post(path, data=gzip.compress(b"{}"), content_type="application/json", headers=headers)
+    assert (response.status_code, response.json["error"]) == (415, "unsupported_media_type")
+    assert "Content-Encoding" in response.json["error_description"]
 
 
 def test_no_path_at_all_is_the_front_page(client: FlaskClient) -> None:

@@ -13,6 +13,7 @@ AGENT = {
     *("id", "client_id", "name", "description", "owner", "metadata", "scopes", "audiences", "is_active"),
     *("token_ttl", "rate_limit", "token_endpoint_auth_method", "created_at", "updated_at", "expires_at"),
     *("token_count", "refresh_count", "last_activity_at", "last_token_issued_at"),
+    "require_client_auth_for_refresh",
 }
 USAGE = {
     *("token_count", "refresh_count", "last_activity_at", "last_token_issued_at"),
@@ -143,6 +144,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "audiences": few_texts,
     "token_ttl": number,
     "rate_limit": number,
+    "require_client_auth_for_refresh": st.booleans(),
     "expires_in": number,
     "token_endpoint_auth_method": st.sampled_from(["client_secret_basic", "private_key_jwt", "none"]),
     "jwks": jwks,
@@ -166,6 +168,7 @@ USUAL = {
         "description",
         "owner",
         "rate_limit",
+        "require_client_auth_for_refresh",
         "token_endpoint_auth_method",
         "jwks",
     ),
