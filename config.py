@@ -25,6 +25,9 @@ HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DAY = 86_400
+# Kubernetes sets these in every pod for a Service named `lanyard`, as LANYARD_PORT=tcp://10.96.0.7:8080.
+_SERVICE = re.compile(r"(tcp|udp|sctp)://")
+_OF_KUBERNETES = re.compile(r"LANYARD_(SERVICE_HOST|SERVICE_PORT.*|PORT_[0-9]+_.*)")
 POSTGRESQL = "postgresql+psycopg://"
 # Options of psycopg's own that cannot be given as text.
 _NOT_IN_URL = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
@@ -150,15 +153,19 @@ def settings() -> Settings:
     return state().settings
 
 
-def unknown_names(env: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the `LANYARD_*` variables that are no setting, most likely misspelt."""
+def odd_variables(env: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a sentence for each `LANYARD_*` variable that sets nothing."""
     known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__} | {"LANYARD_SECRET_KEY"}
-    return sorted(name for name in env if name.startswith("LANYARD_") and name not in known)
+    ours = sorted(name for name in env if name.startswith("LANYARD_") and not _OF_KUBERNETES.fullmatch(name))
+    sentences = [f"Lanyard knows no setting {name}: is it misspelt?" for name in ours if name not in known]
+    ignored = [name for name in ours if name in known and _SERVICE.match(env[name])]
+    return sentences + [f"{name} is ignored: Kubernetes sets it for a Service named so." for name in ignored]
 
 
 def _read(env: Mapping[str, str], name: str) -> str:
+    text = env.get(f"LANYARD_{name}", "").strip()
     # An empty variable counts as unset: shells and unit files unset it so.
-    return env.get(f"LANYARD_{name}", "").strip()
+    return "" if _SERVICE.match(text) else text
 
 
 def _integer(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

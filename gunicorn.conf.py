@@ -25,7 +25,7 @@ from ops import metrics_files
 metrics_files.share()  # before the import of modules that make metrics
 
 import auth
-from config import SettingError, Settings, unknown_names
+from config import SettingError, Settings, odd_variables
 from webhooks.delivery import Deliverer
 
 try:
@@ -97,8 +97,8 @@ def when_ready(server: Any) -> None:
     gc.collect()
     gc.freeze()
     url = ", ".join(str(socket) for socket in server.LISTENERS)
-    for name in unknown_names():
-        print(f"Lanyard knows no setting {name}: is it misspelt?", file=sys.stderr)
+    for sentence in odd_variables():
+        print(sentence, file=sys.stderr)
     print(f"Lanyard listens on {url}", file=sys.stderr)
     for line in _local_lines(url) if settings.local else _guarded_lines(url):
         print(line, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import auth
 import keys
 from api import rfc3339
 from commands import backup
-from config import LOOPBACK_NAMES, SettingError, Settings, unknown_names
+from config import LOOPBACK_NAMES, SettingError, Settings, odd_variables
 from database import error_text, stored_secrets
 from migrations import upgrade
 from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now
@@ -73,7 +73,7 @@ def _problems(level: str, problems: list[str], otherwise: str) -> Results:
 
 
 def _check_settings(settings: Settings) -> Results:
-    found = [f"Lanyard knows no setting {name}: is it misspelt?" for name in unknown_names()]
+    found = odd_variables()
     is_https = settings.issuer.startswith("https:")
     is_local = urlsplit(settings.issuer).hostname in LOOPBACK_NAMES
     if is_https and not settings.trusted_proxies:

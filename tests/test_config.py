@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import SettingError, Settings, unknown_names
+from config import SettingError, Settings, odd_variables
 
 
 def read(**variables: str) -> Settings:
@@ -162,4 +162,20 @@ def test_an_empty_variable_counts_as_not_set() -> None:
 
 
 def test_misspelt_settings_are_found() -> None:
-    assert unknown_names({"LANYARD_PROT": "80", "LANYARD_PORT": "80", "HOME": "/"}) == ["LANYARD_PROT"]
+    (sentence,) = odd_variables({"LANYARD_PROT": "80", "LANYARD_PORT": "80", "HOME": "/"})
+    assert "LANYARD_PROT" in sentence
+
+
+def test_what_kubernetes_sets_for_a_service_counts_as_unset() -> None:
+    pod = {
+        "SERVICE_HOST": "10.96.0.7",
+        "SERVICE_PORT": "8080",
+        "SERVICE_PORT_HTTP": "8080",
+        "PORT": "tcp://10.96.0.7:8080",
+        "PORT_8080_TCP": "tcp://10.96.0.7:8080",
+        "PORT_8080_TCP_PROTO": "tcp",
+        "ISSUER": "https://id.example.com",
+    }
+    assert (read(**pod).port, read(**pod).issuer) == (8080, "https://id.example.com")
+    (sentence,) = odd_variables({f"LANYARD_{name}": value for name, value in pod.items()})
+    assert "LANYARD_PORT " in sentence
