@@ -59,13 +59,7 @@ COLUMNS = (
 )
 _NOW: Any = bindparam("now", type_=Timestamp)
 _BY_SECRET = (
-    sa.select(
-        *COLUMNS,
-        ClientSecret.pk.label("secret_pk"),
-        ClientSecret.hint,
-        ClientSecret.hash,
-        ClientSecret.last_used_at,
-    )
+    sa.select(*COLUMNS, ClientSecret.pk.label("secret_pk"), ClientSecret.hint, ClientSecret.hash)
     .outerjoin(
         ClientSecret,
         sa.and_(

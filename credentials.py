@@ -90,11 +90,6 @@ def is_client_id(text: str) -> bool:
     return _CLIENT_ID.fullmatch(text) is not None
 
 
-def is_client_id_prefix(text: str) -> bool:
-    """Whether the text starts a client id and is long enough to identify it: four random characters."""
-    return len(text) >= 8 and text.startswith("cid_")
-
-
 def new_jti(family_id: str) -> str:
     """Return a token id (RFC 7519 §4.1.7): the grant id of the family, a dot, 128 random bits."""
     return f"{grant_id(family_id)}.{secrets.token_urlsafe(16)}"

@@ -52,10 +52,10 @@ DURATION = prometheus.Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     registry=REGISTRY,
 )
-_FAILED = "Requests whose authentication failed, by the first reason met."
-_FAILURES = _counter("lanyard_auth_failures", _FAILED, ["reason"])
-_ATTEMPTED = "Attempts at webhook deliveries, by the status they left the delivery in."
-ATTEMPTS = _counter("lanyard_webhook_attempts", _ATTEMPTED, ["status"])
+_FAILURES = _counter("lanyard_auth_failures", "Failed authentications, by the first reason met.", ["reason"])
+ATTEMPTS = _counter(
+    "lanyard_webhook_attempts", "Webhook attempts, by the delivery's status after.", ["status"]
+)
 TOKENS_ISSUED = _counter("lanyard_tokens_issued", "Grants made for client credentials.")
 TOKENS_REFRESHED = _counter("lanyard_tokens_refreshed", "Refresh tokens exchanged.")
 TOKENS_REVOKED = _counter("lanyard_tokens_revoked", "Tokens ended by revocation.")

@@ -273,6 +273,8 @@ class ValidToken(NamedTuple):
 
 
 class _TokenEndpoint:
+    query_token: Any
+
     def authenticate_endpoint_client(self, request: OAuth2Request) -> str | None:
         """Return the calling agent's client id, or None for the operator.
 
@@ -294,10 +296,8 @@ class _TokenEndpoint:
         """Return the token if it is valid. Its type shows in its text: no hint is needed (RFC 7009 §2.1)."""
         if not request.form.get("token"):
             raise InvalidRequestError("Send token.")
-        return self.query_token(request.form["token"])
-
-    def query_token(self, text: str) -> ValidToken | None:
-        raise NotImplementedError
+        token: ValidToken | None = self.query_token(request.form["token"])
+        return token
 
 
 class Introspection(_TokenEndpoint, IntrospectionEndpoint):

@@ -51,9 +51,11 @@ _COUNT_IN_DAY = (
         },
     )
 )
-_IS_VALID_SECRET = sa.and_(ClientSecret.pk == bindparam("secret"), ClientSecret.valid(_NOW))
-_READ_SECRET = sa.select(ClientSecret.pk).where(_IS_VALID_SECRET)
-_USE_SECRET = sa.update(ClientSecret).where(_IS_VALID_SECRET).values(last_used_at=_NOW)
+_USE_SECRET = (
+    sa.update(ClientSecret)
+    .where(ClientSecret.pk == bindparam("secret"), ClientSecret.valid(_NOW))
+    .values(last_used_at=_NOW)
+)
 _NEW_FAMILY = sa.insert(RefreshFamily)
 _BY_FAMILY = (
     sa.select(
@@ -143,10 +145,7 @@ def _use_secret(connection: sa.Connection, client: Client) -> bool:
     secret_pk = getattr(client.row, "secret_pk", None)
     if secret_pk is None:
         return True  # an assertion
-    secret = {"secret": secret_pk, "now": now()}
-    if client.row.last_used_at == client.now:
-        return connection.scalar(_READ_SECRET, secret) is not None
-    return connection.execute(_USE_SECRET, secret).rowcount == 1
+    return connection.execute(_USE_SECRET, {"secret": secret_pk, "now": now()}).rowcount == 1
 
 
 def use_refresh_token(text: str, is_authenticated: bool) -> Client:
