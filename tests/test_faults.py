@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import faults
+import floods
 import pytest
 import scenes
 from scenes import Scene, Stage
@@ -58,6 +59,14 @@ SCENES: dict[str, Callable[[Stage], Scene]] = {
 @pytest.mark.parametrize("play", SCENES.values(), ids=SCENES)
 def test_acknowledged_changes_survive(stage: Stage, play: Callable[[Stage], Scene]) -> None:
     check(play(stage))
+
+
+def test_broken_requests_fill_no_log_and_stop_nobody(stage: Stage) -> None:
+    check(floods.log_flood(stage, times=500))
+
+
+def test_rotations_of_one_agent_stop_nobody(stage: Stage) -> None:
+    check(floods.rotation_flood(stage, seconds=1))
 
 
 def test_acknowledged_changes_survive_read_only_files(stage: Stage) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import faults
+import floods
 import scenes
 from scenes import Scene, Stage
 from server import Server
@@ -59,6 +60,8 @@ def on_any_disk() -> list[Callable[[Stage], Scene]]:
         partial(scenes.read_only, times=2, seconds=3),
         # Long enough that what has expired is swept at each stop.
         partial(scenes.clock_jumps, seconds=10.5),
+        partial(floods.log_flood, times=5000),
+        partial(floods.rotation_flood, seconds=10),
     ]
 
 
