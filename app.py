@@ -129,7 +129,7 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     try:
         prepare = partial(_prepare_database, settings, serving)
         database.init_database(app, settings, serving=serving, prepare=prepare)
-        auth.init_app(app, settings, serving=serving)
+        auth.init_app(app, settings)
     except DecryptionError as error:
         raise SettingError(f"{error}.") from None
     except OSError as error:
@@ -140,8 +140,10 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
 
 
 def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None:
-    """Migrate the schema, make the first signing key, encrypt stored secrets with the newest key."""
+    """Migrate the schema, make the first key and token, encrypt stored secrets with the newest key."""
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
+    if serving:
+        auth.ensure_admin_token(settings)
     with database.writing() as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
         outdated = database.outdated_secrets(connection)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 from contextlib import suppress
@@ -29,7 +28,7 @@ from api import Problem, canonical, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
 from models import Agent, RevokedToken, SigningKey, Timestamp, is_active, now
-from storage.files import copy_owner, sync_folder
+from storage.files import copy_owner, whole_file
 
 log = logging.getLogger("lanyard")
 
@@ -217,14 +216,8 @@ def _resource_metadata() -> str:
     return f'resource_metadata="{settings().url("/.well-known/oauth-protected-resource")}"'
 
 
-def init_app(app: Flask, settings: Settings, *, serving: bool) -> None:
-    """Make the admin token on the first start, trust the configured proxies, and guard local mode.
-
-    :raises SettingError: when the file of the admin token holds no valid token.
-    """
-    if serving and not settings.admin_token:
-        _ensure_admin_token(admin_token_file(settings))
-        read_admin_token(admin_token_file(settings))
+def init_app(app: Flask, settings: Settings) -> None:
+    """Trust the configured proxies, and guard local mode."""
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         fixed = ProxyFix(partial(_with_address, app.wsgi_app), x_for=hops, x_proto=hops, x_host=hops)
@@ -323,34 +316,26 @@ def _read_changed(path: Path, stamp: object) -> str | None:
         return None
 
 
-def rotate_admin_token(path: Path) -> None:
+def write_admin_token(path: Path) -> None:
     """Write a new admin token into the file; the old one is refused from the next request on."""
-    draft = _draft_admin_token(path)
-    copy_owner(path, draft)
-    os.replace(draft, path)
-    sync_folder(path.parent)
+    with whole_file(path) as draft:
+        copy_owner(path if path.exists() else path.parent, draft)
+        draft.write_text(secrets.token_urlsafe(32) + "\n")
 
 
-def _ensure_admin_token(path: Path) -> None:
-    """Make the admin token if there is none; no other process sees the file half written."""
+def ensure_admin_token(settings: Settings) -> None:
+    """Make the admin token on the first start, while no other process starts.
+
+    :raises SettingError: when its file holds no valid token.
+    """
+    if settings.admin_token:
+        return
+    path = admin_token_file(settings)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        draft = _draft_admin_token(path)
-        try:
-            with suppress(FileExistsError):  # another process was first, and its token is valid
-                os.link(draft, path)
-        finally:
-            os.unlink(draft)
-    os.chmod(path, 0o600)
-
-
-def _draft_admin_token(path: Path) -> Path:
-    draft = path.with_name(f".admin_token.{os.getpid()}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return draft
+        write_admin_token(path)
+    path.chmod(0o600)
+    read_admin_token(path)
 
 
 def _refuse_foreign_requests() -> None:

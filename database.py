@@ -24,12 +24,6 @@ _REMEDIES = {
     "3D000": "make it with createdb",
     "42501": "the role must own the database: ALTER DATABASE … OWNER TO …",
 }
-ENCRYPTED = [
-    column
-    for table in Base.metadata.sorted_tables
-    for column in table.c
-    if isinstance(column.type, EncryptedText)
-]
 
 # Set when a transaction has timed out waiting for the lock, until one gets it: meanwhile transactions of this
 # process wait briefly, or they would take all pooled connections from the readers.
@@ -184,9 +178,11 @@ def reencrypt(connection: sa.Connection, outdated: list[StoredSecret]) -> bool:
 
 def stored_secrets(connection: sa.Connection) -> list[StoredSecret]:
     """Return the values of all encrypted columns as they are stored."""
+    columns = [column for table in Base.metadata.sorted_tables for column in table.c]
     return [
         (column, pk, stored)
-        for column in ENCRYPTED
+        for column in columns
+        if isinstance(column.type, EncryptedText)
         for pk, stored in connection.execute(sa.select(column.table.c.pk, sa.type_coerce(column, sa.String)))
         if stored is not None
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -13,16 +13,12 @@ import sqlalchemy as sa
 from click import ClickException
 
 from auth import admin_token_file
-from config import VERSION, Settings
-from database import ENCRYPTED, error_text
+from config import Settings
+from database import error_text, stored_secrets
 from migrations import upgrade
-from models import Base, is_encrypted, now
-from storage.files import copy_owner, sync_folder
-from storage.sqlite import COMPANIONS, files, no_server, open_read_only
-
-PAGES = 1024  # copied at a time, in some milliseconds
-
-Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
+from models import NEWEST_KEY, Base, is_encrypted, now
+from storage.files import copy_owner, whole_file
+from storage.sqlite import COMPANIONS, Progress, copy, files, no_server, read_only_engine
 
 
 class BackupError(ClickException):
@@ -37,8 +33,8 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
     :raises BackupError: if `file` exists, or the copy cannot be made or is damaged.
     """
     check_name(settings, file, overwrite=overwrite)
-    with whole_file(file) as draft:
-        _copy(settings.database_file, draft, progress)
+    with written(file) as draft:
+        copy(settings.database_file, draft, progress)
         check(draft, "The copy")
 
 
@@ -53,8 +49,8 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         # Locked to the end: a server that starts meanwhile waits for the restored database.
-        with no_server(settings), usable_backup(settings, file) as source, whole_file(target) as draft:
-            _copy(source, draft, progress)
+        with no_server(settings), usable_backup(settings, file) as source, written(target) as draft:
+            copy(source, draft, progress)
             copy_owner(target if target.exists() else target.parent, draft)
             return _set_aside(target)
     except BlockingIOError:
@@ -71,10 +67,16 @@ def usable_backup(settings: Settings, file: Path) -> Iterator[Path]:
         source = file
         if check(file, str(file)) != upgrade.revisions()[-1]:
             source = Path(folder) / "lanyard.db"
-            _copy(file, source, lambda done, total: None)
+            copy(file, source)
             run_revisions(source, str(file))
             check(source, str(file))
-        _check_secrets(settings, source, str(file))
+        with read_only_engine(source).connect() as connection:
+            for _, _, stored in stored_secrets(connection):
+                if is_encrypted(stored) and not is_encrypted(stored, settings.secret_keys):
+                    raise BackupError(
+                        f"{file} has encrypted secrets: LANYARD_SECRET_KEY must hold the key of the"
+                        " instance that it is a backup of."
+                    )
         yield source
 
 
@@ -91,18 +93,6 @@ def run_revisions(file: Path, name: str) -> None:
         raise BackupError(f"{name} cannot be brought to the schema of this Lanyard: {reason}.") from error
 
 
-def _check_secrets(settings: Settings, file: Path, name: str) -> None:
-    """Check that LANYARD_SECRET_KEY decrypts every encrypted secret in the file."""
-    with closing(open_read_only(file)) as connection:
-        for column in ENCRYPTED:
-            for (stored,) in connection.execute(f"SELECT {column.name} FROM {column.table.name}"):  # noqa: S608
-                if stored and is_encrypted(stored) and not is_encrypted(stored, settings.secret_keys):
-                    raise BackupError(
-                        f"{name} has encrypted secrets: LANYARD_SECRET_KEY must hold the key of the"
-                        " instance that it is a backup of."
-                    )
-
-
 def check(file: Path, name: str) -> str:
     """Check that the file is an undamaged database with Lanyard's tables, and return its schema's revision.
 
@@ -110,34 +100,21 @@ def check(file: Path, name: str) -> str:
 
     :param name: names the file in errors.
     :raises BackupError: if a check fails.
+    :raises SettingError: if its schema is unknown.
     """
-    newest = upgrade.revisions()[-1]
     try:
-        with closing(open_read_only(file)) as connection:
-            damage = _first(connection, "PRAGMA integrity_check(1)")
+        with read_only_engine(file).connect() as connection:
+            damage = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
             if damage != "ok":
                 raise BackupError(f"{name} is damaged: {damage}.")
-            schema = _first(connection, "SELECT version_num FROM alembic_version")
-            if schema and schema not in upgrade.revisions():
-                raise BackupError(
-                    f"{name} has schema {schema}, which is newer than schema {newest} of this Lanyard"
-                    f" {VERSION}: use the newer Lanyard."
-                )
-            for table in Base.metadata.sorted_tables if schema == newest else ():
-                connection.execute(f"{sa.select(table)} LIMIT 0")  # fails if a column is missing
-            if not schema or not _first(connection, "SELECT kid FROM signing_keys"):
-                missing = "signing key" if schema else "schema version"
-                raise BackupError(f"{name} is not a database of Lanyard: it has no {missing}.")
+            schema = upgrade.read_revision(connection, name)
+            for table in Base.metadata.sorted_tables if schema == upgrade.revisions()[-1] else ():
+                connection.execute(sa.select(table).limit(0))  # fails if a column is missing
+            if schema is None or connection.scalar(sa.select(NEWEST_KEY)) is None:
+                raise BackupError(f"{name} is not a database of Lanyard: it has no signing key.")
             return schema
-    except sqlite3.Error as error:
-        lacks_table = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
-        problem = "is not a database of Lanyard" if lacks_table else "cannot be read as a database"
-        raise BackupError(f"{name} {problem}: {error}.") from None
-
-
-def _first(connection: sqlite3.Connection, statement: str) -> str | None:
-    row = connection.execute(statement).fetchone()
-    return str(row[0]) if row else None
+    except sa.exc.DatabaseError as error:
+        raise BackupError(f"{name} cannot be read as a database of Lanyard: {error_text(error)}.") from None
 
 
 def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
@@ -145,10 +122,9 @@ def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
 
     :raises BackupError: if it is a file of the instance or a folder, or exists and must not be overwritten.
     """
-    if settings.uses_sqlite and any(file.resolve() == path.resolve() for path in files(settings)):
-        raise BackupError(f"{file} is the instance's own database.")
-    if file.resolve() == admin_token_file(settings).resolve():
-        raise BackupError(f"{file} holds the instance's admin token.")
+    own = [admin_token_file(settings), *(files(settings) if settings.uses_sqlite else [])]
+    if file.resolve() in [path.resolve() for path in own]:
+        raise BackupError(f"{file} is a file of the instance itself.")
     if file.is_dir():
         raise BackupError(f"{file} is a folder: name a file.")
     if file.exists() and not overwrite:
@@ -156,42 +132,17 @@ def check_name(settings: Settings, file: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """Yield an empty file of mode 0600 that durably replaces `file` unless the block raises.
+def written(file: Path) -> Iterator[Path]:
+    """Yield a draft for `file`, as `whole_file` does.
 
     :raises BackupError: if it cannot be made or written.
     """
-    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
-        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        try:
+        with whole_file(file) as draft:
             yield draft
-            with open(draft, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(draft, file)
-            sync_folder(file.parent)
-        finally:
-            for ending in ("", *COMPANIONS):
-                Path(f"{draft}{ending}").unlink(missing_ok=True)
-    except OSError as error:
-        raise BackupError(f"{file} cannot be written: {error.strerror}.") from None
-
-
-def _copy(source: Path, draft: Path, progress: Progress) -> None:
-    try:
-        with closing(open_read_only(source)) as origin, closing(sqlite3.connect(draft)) as copy:
-            copy.execute("PRAGMA synchronous = OFF")  # the finished file is fsynced once
-            # One snapshot for all steps: otherwise every write of a server would restart the copy.
-            origin.isolation_level = None
-            origin.execute("BEGIN")
-            origin.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            origin.backup(
-                copy, pages=PAGES, progress=lambda status, left, total: progress(total - left, total)
-            )
-            # A single file, without a -wal.
-            copy.execute("PRAGMA journal_mode = DELETE")
-    except sqlite3.Error as error:
-        raise BackupError(f"{source} cannot be copied: {error}.") from None
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", error)
+        raise BackupError(f"{file} cannot be written: {reason}.") from None
 
 
 def _set_aside(target: Path) -> Path | None:

@@ -185,26 +185,22 @@ def _examine_sqlite(settings: Settings) -> Iterator[Finding]:
         return
     try:
         schema = backup.check(file, str(file))
-    except backup.BackupError as error:
-        yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
-        return
-    yield Finding(OK, "database", f"{file} passes its integrity check.")
-    if schema != upgrade.revisions()[-1]:
-        yield Finding(WARN, "database", f"Its schema {schema} is old: start the server once to upgrade it.")
-        return
-    engine = sa.create_engine("sqlite://", creator=lambda: sqlite.open_read_only(file), poolclass=sa.NullPool)
-    try:
-        with engine.connect() as connection:
-            yield from _run({"database": _check_foreign_keys}, connection)
+        yield Finding(OK, "database", f"{file} passes its integrity check.")
+        if schema != upgrade.revisions()[-1]:
+            yield Finding(
+                WARN, "database", f"Its schema {schema} is old: start the server once to upgrade it."
+            )
+            return
+        with sqlite.read_only_engine(file).connect() as connection:
+            if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
+                tables = ", ".join(sorted({row[0] for row in broken}))
+                text = f"{len(broken)} rows of {tables} refer to rows that are missing: restore a backup."
+                yield Finding(FAIL, "database", text)
             yield from _run(ROW_CHECKS, connection, settings)
+    except (backup.BackupError, SettingError) as error:
+        yield Finding(FAIL, "database", f"{error} Stop the server and restore a backup.")
     except sa.exc.DatabaseError as error:
         yield Finding(FAIL, "database", f"{file} cannot be read: {error_text(error)}.")
-
-
-def _check_foreign_keys(connection: sa.Connection) -> Results:
-    if broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all():
-        tables = ", ".join(sorted({row[0] for row in broken}))
-        yield FAIL, f"{len(broken)} rows of {tables} refer to rows that are missing: restore a backup."
 
 
 def _examine_postgresql(settings: Settings) -> Iterator[Finding]:

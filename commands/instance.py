@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import click
 from flask.cli import AppGroup, with_appcontext
@@ -17,6 +14,7 @@ import config
 from commands import backup, doctor, output, transfer
 from commands.output import as_json
 from config import Settings
+from models import db
 from ops import cleanup
 
 admin_token_group = AppGroup("admin-token", help="Show or replace the operator's token.")
@@ -40,7 +38,7 @@ def rotate_admin_token() -> None:
             "The admin token is set by LANYARD_ADMIN_TOKEN: change it there, and restart the server."
         )
     file = _admin_token_file(settings)
-    auth.rotate_admin_token(file)
+    auth.write_admin_token(file)
     output.note(f"The new admin token is in {file}. The old one is no longer valid.")
 
 
@@ -115,20 +113,15 @@ def purge(vacuum: bool, as_json: bool) -> None:
             deleted.update(batch)
             progress(deleted.total(), total)
     if vacuum:
-        _vacuum(settings.database_file)
+        with db.engine.connect() as connection:
+            for statement in ("PRAGMA busy_timeout = 30000", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                connection.exec_driver_sql(statement)
     if as_json:
         output.show_json({"deleted": deleted, "total": deleted.total()})
         return
     if rows := [{"table": name, "rows": count} for name, count in sorted(deleted.items()) if count]:
         output.show_table({"TABLE": "table", "DELETED": "rows"}, rows)
     output.note(f"Deleted {deleted.total()} rows.")
-
-
-def _vacuum(file: Path) -> None:
-    connection: Any
-    with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as connection:
-        connection.execute("VACUUM")
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 @click.command("doctor")

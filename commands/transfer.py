@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from commands import backup
-from commands.backup import BackupError, Progress
+from commands.backup import BackupError
 from config import Settings
 from database import error_text
 from migrations import upgrade
 from models import Base, SigningKey
-from storage import postgresql, sqlite
+from storage import postgresql
+from storage.sqlite import Progress, read_only_engine
 
 BATCH = 1000  # rows
 
@@ -28,19 +28,19 @@ _FROM_RECEIVERS = ("response_body", "error")  # columns of deliveries, chosen by
 def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progress) -> None:
     """Write all rows as they are now into the SQLite database `file`, which appears whole and checked.
 
-    Writers are not blocked. Encrypted secrets stay encrypted.
+    Writers are not blocked. Encrypted secrets stay encrypted. Progress is in rows.
 
-    :param progress: called with the number of rows copied so far, and of all rows.
     :raises BackupError: if `file` exists, or cannot be written.
     :raises SettingError: if the database has another schema than this code.
     """
     backup.check_name(settings, file, overwrite=overwrite)
     options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-    with backup.whole_file(file) as draft:
+    with backup.written(file) as draft:
         with _transaction(settings, **options) as source:
             upgrade.bring_up_to_date(source.engine, settings, may_change=False)
             backup.run_revisions(draft, "The copy")
-            with _engine(lambda: _open_draft(draft)).begin() as target:
+            url = sa.URL.create("sqlite", database=str(draft))
+            with sa.create_engine(url, poolclass=sa.NullPool, hide_parameters=True).begin() as target:
                 _copy_rows(source, target, progress)
         backup.check(draft, "The copy")
 
@@ -48,7 +48,6 @@ def back_up(settings: Settings, file: Path, *, overwrite: bool, progress: Progre
 def restore(settings: Settings, file: Path, *, progress: Progress) -> None:
     """Fill the instance's database, which must be new, from a backup: completely or not at all.
 
-    :param progress: called with the number of rows copied so far, and of all rows.
     :raises BackupError: if a server runs, the database is in use, or `file` cannot be restored.
     :raises SettingError: if the database cannot be used.
     """
@@ -57,7 +56,7 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> None:
         if postgresql.is_serving(settings):
             raise BackupError("A server runs on this instance: stop it first.")
         with (
-            _engine(lambda: sqlite.open_read_only(current)).connect() as source,
+            read_only_engine(current).connect() as source,
             _transaction(settings, isolation_level="READ COMMITTED") as target,
         ):
             _prepare(target, settings)
@@ -70,16 +69,6 @@ def _transaction(settings: Settings, **options: Any) -> Iterator[sa.Connection]:
         connection.rollback()  # the isolation level cannot change inside a transaction
         with connection.execution_options(**options).begin():
             yield connection
-
-
-def _engine(creator: Any) -> sa.Engine:
-    return sa.create_engine("sqlite://", creator=creator, poolclass=sa.NullPool, hide_parameters=True)
-
-
-def _open_draft(draft: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(draft)
-    connection.execute("PRAGMA synchronous = OFF")  # the finished file is fsynced once
-    return connection
 
 
 def _prepare(target: sa.Connection, settings: Settings) -> None:
@@ -126,14 +115,8 @@ def _count(connection: sa.Connection, table: sa.Table) -> int:
 
 def _without_conversions(table: sa.Table) -> sa.TableClause:
     """Return the table with plain column types, so that an encrypted secret is copied as it is stored."""
-    types = {column.name: column.type for column in table.columns}
-    return sa.table(
-        table.name,
-        *(
-            sa.column(name, own.impl_instance if isinstance(own, sa.types.TypeDecorator) else own)
-            for name, own in types.items()
-        ),
-    )
+    columns = [sa.column(one.name, getattr(one.type, "impl_instance", one.type)) for one in table.columns]
+    return sa.table(table.name, *columns)
 
 
 def _without_nul(row: sa.RowMapping) -> dict[str, Any]:

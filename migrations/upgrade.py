@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +11,8 @@ import sqlalchemy as sa
 
 from config import HERE, VERSION, SettingError, Settings
 from database import error_text
-from storage import postgresql
+from storage import postgresql, sqlite
+from storage.files import whole_file
 
 FOLDER = HERE / "migrations"
 
@@ -72,13 +71,13 @@ def read_revision(connection: sa.Connection, database: str) -> str | None:
     if not stored:
         raise SettingError(
             f"The database {database} has tables, but no schema version: it is of a Lanyard older than the"
-            " first release, or of another program; move it away to start with a new one."
+            " first release, or of another program: use another file."
         )
     known = revisions()
     if stored not in known:
         raise SettingError(
             f"The database {database} has schema {stored}, which is newer than schema {known[-1]} of this"
-            f" Lanyard {VERSION}: start the newer Lanyard, or put back a backup."
+            f" Lanyard {VERSION}: use the newer Lanyard, or another backup."
         )
     return str(stored)
 
@@ -109,7 +108,8 @@ def run_on_file(database: Path, newest: str | None = None) -> Path | None:
         connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         if copy:
-            _back_up(database, copy)  # nobody writes between this and the change
+            with whole_file(copy) as draft:
+                sqlite.copy(database, draft)  # nobody writes between this and the change
         run_revisions(connection)
         if connection.exec_driver_sql("PRAGMA foreign_key_check").first():
             raise sqlite3.IntegrityError("FOREIGN KEY constraint failed")
@@ -127,16 +127,3 @@ def run_revisions(connection: sa.Connection) -> None:
     config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
-
-
-def _back_up(database: Path, copy: Path) -> None:
-    """Copy what is committed, whole or not at all."""
-    part = copy.with_name(f"{copy.name}.part")
-    part.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    try:
-        with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(part)) as target:
-            source.backup(target)
-        part.replace(copy)
-    finally:
-        part.unlink(missing_ok=True)  # or a half copy would keep a full disk full

@@ -1,9 +1,34 @@
-"""Owners of files, and directory entries that survive a power cut."""
+"""Files that appear whole or not at all, their owners, and the folders that they are in."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yield an empty file of mode 0600 that durably replaces `file`, unless the block raises."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
+    os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, file)
+        _sync(file.parent)
+    finally:
+        draft.unlink(missing_ok=True)  # or it would keep a full disk full
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_owner(source: Path, target: Path) -> None:
@@ -11,12 +36,3 @@ def copy_owner(source: Path, target: Path) -> None:
     if os.geteuid() == 0:
         status = source.stat()
         os.chown(target, status.st_uid, status.st_gid)
-
-
-def sync_folder(folder: Path) -> None:
-    """Write the folder's entries (files created, renamed or deleted in it) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -54,7 +54,6 @@ def url(settings: Settings) -> sa.URL:
 
 
 def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
-    """Return the engine's options."""
     given = str(url(settings).query.get("options", ""))
     return {
         "connect_args": {

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -24,6 +25,8 @@ from storage.files import copy_owner
 if TYPE_CHECKING:
     from config import Settings
 
+Progress = Callable[[int, int], None]  # called with the number of steps done, and of all steps
+
 COMPANIONS = ("-wal", "-shm", "-journal")  # endings of SQLite's own files beside a database
 # Locked by another process, read-only, failing, full, or not to be opened.
 _TRANSIENT = re.compile("SQLITE_(BUSY|LOCKED|READONLY|IOERR|FULL|CANTOPEN)")
@@ -35,6 +38,7 @@ CHECKPOINT = 4000  # pages (16 MB) that the WAL grows to before a checkpoint, wh
 NATIVE_SLEEP = 0.005  # seconds a request that waits for the lock keeps the process to itself
 SHORTEST_SLEEP = 0.0001  # seconds
 LONGEST_SLEEP = 0.001  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
+PAGES = 1024  # copied at a time, in some milliseconds
 
 _native_sleep = monkey.get_original("time", "sleep")
 
@@ -49,7 +53,6 @@ def url(settings: Settings) -> sa.URL:
 
 
 def engine_options(settings: Settings, serving: bool) -> dict[str, Any]:
-    """Return the engine's options."""
     return {"connect_args": {"timeout": BUSY_TIMEOUT}, "paramstyle": "named"}
 
 
@@ -88,6 +91,24 @@ def open_read_only(file: Path) -> sqlite3.Connection:
     :raises sqlite3.OperationalError: when there is no such file.
     """
     return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
+
+
+def read_only_engine(file: Path) -> sa.Engine:
+    """Return an engine that opens a connection with `open_read_only` for each use."""
+    creator = partial(open_read_only, file)
+    return sa.create_engine("sqlite://", creator=creator, poolclass=sa.NullPool, hide_parameters=True)
+
+
+def copy(source: Path, target: Path, progress: Progress = lambda done, total: None) -> None:
+    """Copy what is committed in a database into an empty file. Writers are not blocked."""
+    with closing(open_read_only(source)) as origin, closing(sqlite3.connect(target)) as copied:
+        copied.execute("PRAGMA synchronous = OFF")  # the caller syncs the finished file
+        # One snapshot for all steps: otherwise every write of a server would restart the copy.
+        origin.isolation_level = None
+        origin.execute("BEGIN")
+        origin.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        origin.backup(copied, pages=PAGES, progress=lambda status, left, total: progress(total - left, total))
+        copied.execute("PRAGMA journal_mode = DELETE")  # a single file, without a -wal
 
 
 def begin_writing(connection: sa.Connection, *, durable: bool, patient: bool, exclusive: bool) -> None:

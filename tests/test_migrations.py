@@ -201,7 +201,7 @@ def test_without_a_copy_there_is_no_upgrade(old: Path, next_release: Callable[[s
     with pytest.raises(SettingError, match="is unchanged"):
         start(old)
     assert dump(old) == before
-    assert not list(old.parent.glob("*.part"))
+    assert not list(old.parent.glob(".*.draft"))
 
 
 @pytest.mark.sqlite
