@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from flask import Flask
 
 # Where each command is, and its line in the help, which is shown without importing the server's modules.
 COMMANDS = {
@@ -44,12 +41,6 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
 
 
-def _create_app() -> Flask:
-    from app import create_app
-
-    return create_app()
-
-
 def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
         from config import VERSION
@@ -66,7 +57,9 @@ def lanyard(ctx: click.Context) -> None:
     from flask.cli import ScriptInfo
 
     # The app is made by the first command that needs it: backup, restore and doctor work without.
-    ctx.obj = ctx.obj or ScriptInfo(create_app=_create_app, set_debug_flag=False)
+    ctx.obj = ctx.obj or ScriptInfo(
+        create_app=lambda: pkgutil.resolve_name("app:create_app")(), set_debug_flag=False
+    )
 
 
 if __name__ == "__main__":

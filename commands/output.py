@@ -74,18 +74,19 @@ def paged(command: Callable[..., None]) -> Callable[..., None]:
 
 def show_pages(
     page: Callable[[dict[str, Any]], dict[str, Any]],
-    query: dict[str, Any],
+    query: Schema,
     schema: Schema,
     columns: Columns,
     *,
     everything: bool,
     as_json: bool,
+    **filters: str | None,
 ) -> None:
     """Print a page, or all pages from there on.
 
-    :param page: returns the page for a query, for `schema` to dump.
+    :param page: returns the page for a query that `query` has loaded, for `schema` to dump.
     """
-    pages = _pages(page, query, schema, everything)
+    pages = _pages(page, load(query, filters), schema, everything)
     if as_json:
         for document in pages:
             for item in _rows(document) if everything else [document]:

@@ -80,11 +80,9 @@ webhook_argument = click.argument("webhook", metavar="WEBHOOK")
 @click.option("--stale-days", metavar="N", help="Only agents not used for N days.")
 @click.option("--query", "-q", "q", help="Only agents with this in name, description, owner or client id.")
 @output.paged
-def list_agents(everything: bool, as_json: bool, **filters: str | None) -> None:
+def list_agents(**options: Any) -> None:
     """List agents, newest first."""
-    query = output.load(schemas.AgentQuery(), filters)
-    schema = schemas.AgentPage()
-    output.show_pages(agents.page, query, schema, AGENT_COLUMNS, everything=everything, as_json=as_json)
+    output.show_pages(agents.page, schemas.AgentQuery(), schemas.AgentPage(), AGENT_COLUMNS, **options)
 
 
 @agents_group.command("show")
@@ -203,12 +201,10 @@ def list_webhooks(as_json: bool) -> None:
 @webhook_argument
 @click.option("--status", help="Only deliveries that are pending, retrying, delivered or dead.")
 @output.paged
-def list_deliveries(webhook: str, everything: bool, as_json: bool, **filters: str | None) -> None:
+def list_deliveries(webhook: str, **options: Any) -> None:
     """List the deliveries to a webhook, newest first."""
-    query = output.load(schemas.DeliveryQuery(), filters)
     page = partial(webhooks.page, webhook)
-    schema = schemas.DeliveryPage()
-    output.show_pages(page, query, schema, DELIVERY_COLUMNS, everything=everything, as_json=as_json)
+    output.show_pages(page, schemas.DeliveryQuery(), schemas.DeliveryPage(), DELIVERY_COLUMNS, **options)
 
 
 @webhooks_group.command("redeliver")
