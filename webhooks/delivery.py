@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask
@@ -24,6 +24,7 @@ from models import Delivery, Event, Webhook, decrypt, now
 from storage import postgresql, sqlite
 from webhooks import ssrf
 from webhooks.routes import WITHOUT_SECRETS, record_event
+from webhooks.ssrf import Outcome
 
 log = logging.getLogger("lanyard")
 
@@ -64,20 +65,6 @@ _DUE = (
     .join(Event)
     .order_by(Delivery.next_attempt_at, Delivery.pk)
 )
-
-
-class Outcome(NamedTuple):
-    """The result of an attempt; without a response, `status` is None and `error` says why."""
-
-    status: int | None = None
-    body: str | None = None
-    retry_after: str | None = None
-    error: str | None = None
-
-    @property
-    def is_success(self) -> bool:
-        """Whether the status is 2xx."""
-        return self.status is not None and 200 <= self.status < 300
 
 
 class Deliverer:
@@ -152,7 +139,9 @@ class Deliverer:
                 slots = min(free, most - per_webhook[webhook_pk])
                 if slots > 0:
                     excluded = Delivery.pk.not_in([delivery.pk for delivery in in_flight])
-                    of_webhook = _DUE.where(Delivery.webhook_pk == webhook_pk, _is_due(), excluded)
+                    of_webhook = _DUE.where(
+                        Delivery.webhook_pk == webhook_pk, Delivery.next_attempt_at <= now(), excluded
+                    )
                     due += connection.execute(of_webhook.limit(slots))
         return due
 
@@ -174,12 +163,8 @@ def _log_failure(what: str, error: Exception) -> None:
     log.error("%s: %s", what, error_text(error), exc_info=None if is_transient(error) else error)
 
 
-def _is_due() -> sa.ColumnElement[bool]:
-    return Delivery.next_attempt_at <= now()
-
-
 def _webhooks_due(connection: sa.Connection) -> list[Any]:
-    due = sa.exists().where(Delivery.webhook_pk == Webhook.pk, _is_due())
+    due = sa.exists().where(Delivery.webhook_pk == Webhook.pk, Delivery.next_attempt_at <= now())
     statement = sa.select(Webhook.pk, Webhook.failing_since).where(Webhook.is_active, due)
     webhooks = list(connection.execute(statement))
     random.shuffle(webhooks)  # with more webhooks than slots, none is always last
@@ -195,7 +180,7 @@ def _send(delivery: Any) -> Outcome:
         # A name may resolve to another address by now: check again, and connect to what was checked.
         address = ssrf.resolve(target, allow_private=allow_private)
         body = _body(delivery)
-        return Outcome(*ssrf.post(target, address, body.encode(), _headers(delivery, body)))
+        return ssrf.post(target, address, body.encode(), _headers(delivery, body))
     except ssrf.Refused as refusal:
         return Outcome(error=f"Refused: {refusal}")
     except Exception as error:

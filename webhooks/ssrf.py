@@ -10,7 +10,7 @@ import ssl
 import time
 from contextlib import suppress
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import gevent
 
@@ -31,25 +31,21 @@ class Refused(Exception):
     """A target that webhooks may not be sent to; the text says why."""
 
 
-class Target(NamedTuple):
-    """The parts of a webhook's URL."""
+class Outcome(NamedTuple):
+    """The result of a POST; without a response, `status` is None and `error` says why."""
 
-    scheme: str
-    host: str
-    port: int
-    path: str
-    host_header: str
+    status: int | None = None
+    body: str | None = None  # its first BODY_LIMIT bytes
+    retry_after: str | None = None
+    error: str | None = None
 
-
-class Response(NamedTuple):
-    """A receiver's response: its status, the first BODY_LIMIT bytes of its body, its Retry-After header."""
-
-    status: int
-    body: str
-    retry_after: str | None
+    @property
+    def is_success(self) -> bool:
+        """Whether the status is 2xx."""
+        return self.status is not None and 200 <= self.status < 300
 
 
-def parse(url: str, *, allow_private: bool) -> Target:
+def parse(url: str, *, allow_private: bool) -> SplitResult:
     """Split a webhook's URL into its parts.
 
     :raises Refused: unless it is an absolute https URL (http too when private targets are allowed)
@@ -68,26 +64,25 @@ def parse(url: str, *, allow_private: bool) -> Target:
         raise Refused("The URL must name a host.")
     if "@" in parts.netloc:
         raise Refused("The URL must not hold credentials.")
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    port = port or (443 if parts.scheme == "https" else 80)
-    return Target(parts.scheme, parts.hostname, port, path, parts.netloc)
+    return parts
 
 
-def resolve(target: Target, *, allow_private: bool) -> str:
-    """Return the address to connect to, however the host is spelt.
+def resolve(target: SplitResult, *, allow_private: bool) -> tuple[str, int]:
+    """Return the address and the port to connect to, however the host is spelt.
 
     :raises Refused: when the name has no address, or any of its addresses is not a public one.
     """
+    host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
     try:
-        target.host.encode("idna")  # gevent's resolver would print a traceback
-        entries = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        host.encode("idna")  # gevent's resolver would print a traceback
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise Refused("The host has no address.") from None
     addresses = [str(entry[4][0]) for entry in entries]
     # Refuse for one private address among several: the order of the addresses is the resolver's.
     if not allow_private and not all(is_public(address) for address in addresses):
         raise Refused("The host has a private address.")
-    return addresses[0]
+    return addresses[0], port
 
 
 def is_public(text: str) -> bool:
@@ -105,7 +100,7 @@ def is_public(text: str) -> bool:
     return not any(address in network for network in _REFUSED)
 
 
-def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> Response:
+def post(target: SplitResult, address: tuple[str, int], body: bytes, headers: dict[str, str]) -> Outcome:
     """POST to the checked address, without redirects or a proxy.
 
     :raises OSError: when there is no response within TIMEOUT.
@@ -114,27 +109,27 @@ def post(target: Target, address: str, body: bytes, headers: dict[str, str]) -> 
     deadline = time.monotonic() + TIMEOUT
     # gevent applies a socket's timeout to each read of a TLS handshake, not to the whole.
     with gevent.Timeout(TIMEOUT + 1, _no_response()):
-        sock = socket.create_connection((address, target.port), timeout=TIMEOUT)
+        sock = socket.create_connection(address, timeout=TIMEOUT)
         try:
             if target.scheme == "https":
                 # The certificate is checked for the name, not for the address.
-                context = ssl.create_default_context()
-                name = target.host.rstrip(".")
+                name = (target.hostname or "").rstrip(".")
                 sock.settimeout(_remaining(deadline))
-                sock = context.wrap_socket(sock, server_hostname=name)
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=name)
             sock.settimeout(_remaining(deadline))
             sock.sendall(_request(target, body, headers))
             response = http.client.HTTPResponse(_Reader(sock, deadline), method="POST")  # type: ignore[arg-type]
             response.begin()
-            return Response(response.status, _beginning(response), response.headers.get("Retry-After"))
+            return Outcome(response.status, _beginning(response), response.headers.get("Retry-After"))
         finally:
             sock.close()
 
 
-def _request(target: Target, body: bytes, headers: dict[str, str]) -> bytes:
-    lines = {"Host": target.host_header, "Content-Length": str(len(body)), "Connection": "close", **headers}
+def _request(target: SplitResult, body: bytes, headers: dict[str, str]) -> bytes:
+    path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+    lines = {"Host": target.netloc, "Content-Length": str(len(body)), "Connection": "close", **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"POST {target.path} HTTP/1.1\r\n{head}\r\n".encode("ascii") + body
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode("ascii") + body
 
 
 def _beginning(response: http.client.HTTPResponse) -> str:
