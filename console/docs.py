@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,7 +33,7 @@ _ASSETS = {
 @bp.get("/docs")
 def page() -> Response:
     """Return the page. Its URLs are relative: it works below a path prefix too."""
-    response = cached_response(_read(_HERE, "docs.html"), MAX_AGE, "text/html")
+    response = cached_response((_HERE / "docs.html").read_bytes(), MAX_AGE, "text/html")
     response.headers["Content-Security-Policy"] = POLICY
     return response
 
@@ -45,9 +44,4 @@ def asset(name: str) -> Response:
     if name not in _ASSETS:
         raise NotFound
     folder, mimetype = _ASSETS[name]
-    return cached_response(_read(folder, name), MAX_AGE, mimetype)
-
-
-@lru_cache
-def _read(folder: Path, name: str) -> bytes:
-    return (folder / name).read_bytes()
+    return cached_response((folder / name).read_bytes(), MAX_AGE, mimetype)

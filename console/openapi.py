@@ -15,6 +15,7 @@ from flask_smorest.utils import prepare_response, resolve_schema_instance
 from marshmallow import fields
 from werkzeug.routing import Rule
 
+import config
 from api import (
     BY_AGENT,
     BY_OPERATOR,
@@ -62,23 +63,24 @@ answer 404. Malformed HTTP is answered with 400, 408, 413, 414, 417, 431 or 501.
 
 @lru_cache(maxsize=16)
 def document(settings: Settings) -> bytes:
-    """Return the document of the running app as JSON."""
-    return json.dumps(Api(current_app, settings).document()).encode()
+    """Return the document of the running app as JSON. The first call takes 30 ms."""
+    api = Api(current_app, settings)
+    for name, blueprint in current_app.blueprints.items():
+        if isinstance(blueprint, Blueprint):
+            blueprint.register_views_in_doc(api, current_app, api.spec, name=name, parameters=None)
+            api.spec.tag({"name": name, "description": blueprint.description})
+    return json.dumps(api.spec.to_dict()).encode()
 
 
 class Api(flask_smorest.Api):
-    """flask-smorest's Api for the document alone: the app registers blueprints and error handlers itself.
-
-    Make it at the first request for the document: it takes 30 ms.
-    """
+    """flask-smorest's Api for the document alone: the app registers blueprints and error handlers itself."""
 
     DEFAULT_ERROR_RESPONSE_NAME = None
 
     def __init__(self, app: Flask, settings: Settings) -> None:
-        self._local = settings.local
         options = {"title": "Lanyard", "version": VERSION, "openapi_version": "3.1.0"}
         details = {"info": {"description": _ABOUT}, "servers": [{"url": settings.issuer}]}
-        super().__init__(app, spec_kwargs={"flask_plugin": _Routes(self._local), **options, **details})
+        super().__init__(app, spec_kwargs={"flask_plugin": _Routes(), **options, **details})
         for name, (scheme, text) in _SECURITY_SCHEMES.items():
             self.spec.components.security_scheme(name, dict(type="http", scheme=scheme, description=text))
         for name, (text, schema) in _HEADERS.items():
@@ -88,24 +90,12 @@ class Api(flask_smorest.Api):
         self.ma_plugin.converter.add_attribute_function(_collection2properties)
         self.ma_plugin.converter.add_parameter_attribute_function(_nullable2parameter)
 
-    def document(self) -> dict[str, Any]:
-        """Return the document of the app's routes. Valid once per Api."""
-        for name, blueprint in self._app.blueprints.items():
-            if isinstance(blueprint, Blueprint):
-                blueprint.register_views_in_doc(self, self._app, self.spec, name=name, parameters=None)
-                self.spec.tag({"name": name, "description": blueprint.description})
-        document: dict[str, Any] = self.spec.to_dict()
-        return document
-
     def _register_error_handlers(self) -> None:
         pass  # the app has its own
 
-    def _register_pagination_header(self) -> None:
-        pass  # pages are in the body
-
     def _register_responses(self) -> None:
         for status, (_, examples) in ERRORS.items():
-            codes = {**examples, **_LOCAL_ERROR} if status == 403 and self._local else examples
+            codes = {**examples, **_LOCAL_ERROR} if status == 403 and config.settings().local else examples
             response = error_response(status, codes)
             prepare_response(response, self.spec, JSON)
             self.spec.components.response(HTTPStatus(status).name, response, lazy=True)
@@ -113,10 +103,6 @@ class Api(flask_smorest.Api):
 
 class _Routes(FlaskPlugin):
     """Document what follows from a schema or a route itself."""
-
-    def __init__(self, local: bool) -> None:
-        super().__init__()
-        self._local = local
 
     def rule_to_params(self, rule: Rule) -> list[dict[str, Any]]:
         """Document the ids in a path: UUIDs, except a delivery's number."""
@@ -150,7 +136,7 @@ class _Routes(FlaskPlugin):
                 if isinstance(response, dict):
                     response["headers"] = {**response.get("headers", {}), **headers_of(status)}
             operation["responses"] = dict(sorted(responses.items()))
-            if self._local and operation.get("security") == BY_OPERATOR:
+            if config.settings().local and operation.get("security") == BY_OPERATOR:
                 operation["security"] = [{}, *BY_OPERATOR]
 
     def _implied_errors(self, path: str, operation: dict[str, Any]) -> list[int]:
@@ -158,7 +144,7 @@ class _Routes(FlaskPlugin):
         security, body = operation.get("security"), operation.get("requestBody", {"content": {}})
         implied = {
             401: security in (BY_OPERATOR, BY_AGENT),
-            403: security == BY_OPERATOR or self._local,
+            403: security == BY_OPERATOR or config.settings().local,
             404: "{" in path,
             413: FORM in body["content"] or JSON in body["content"],
             415: JSON in body["content"],
