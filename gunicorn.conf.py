@@ -84,10 +84,9 @@ def _check_free(host: str, port: int) -> None:
             # Bind without listening: no client can connect to the probe.
             probe.bind((host, port))
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         sys.exit(
             "Lanyard will not start: LANYARD_HOST and LANYARD_PORT must be an address that is free,"
-            f" and {host}:{port} is not: {reason}."
+            f" and {host}:{port} is not: {error.strerror}."
         )
 
 
@@ -100,7 +99,7 @@ def when_ready(server: Any) -> None:
     for sentence in odd_variables():
         print(sentence, file=sys.stderr)
     print(f"Lanyard listens on {url}", file=sys.stderr)
-    for line in _local_lines(url) if settings.local else _guarded_lines(url):
+    for line in _first_steps(url):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -175,18 +174,14 @@ def _answer_queue(worker: Any, listener: socket.socket) -> None:
     gevent.joinall([gevent.spawn(worker.handle, closed, *client) for client in clients], timeout=1)
 
 
-def _local_lines(url: str) -> list[str]:
+def _first_steps(url: str) -> list[str]:
+    issuer = f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER)."
+    if not settings.local:
+        where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else auth.admin_token_file(settings)
+        return [f"The management API wants the admin token, which is in {where}.", issuer]
     body = """'{"name": "my-first-agent", "scopes": ["read"]}'"""
     return [
         "Local mode: the management API is open to this machine, and to this machine only.",
-        f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER).",
+        issuer,
         f"Try: curl -X POST {url}/api/agents -H 'Content-Type: application/json' -d {body}",
-    ]
-
-
-def _guarded_lines(url: str) -> list[str]:
-    where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else str(auth.admin_token_file(settings))
-    return [
-        f"The management API wants the admin token, which is in {where}.",
-        f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER).",
     ]

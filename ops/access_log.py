@@ -53,15 +53,18 @@ def init_app(app: Flask, settings: Settings) -> None:
 
 
 def _log_request(response: Response) -> Response:
+    # A secret may be in the path by mistake, unless the route has no variable part or what it names exists.
+    is_known = request.url_rule and not (request.view_args and response.status_code >= 400)
+    has_body = request.method != "HEAD" and response.status_code not in (204, 304)
     line = {
         "time": rfc3339(now()),
         "request_id": g.request_id,
         "address": request.remote_addr,
         "method": request.method if request.method in _METHODS else None,
         "route": route_name(request.url_rule.rule) if request.url_rule else None,
-        "path": _path(response),
+        "path": request.path if is_known else None,
         "status": response.status_code,
-        "bytes": _body_size(response),
+        "bytes": response.calculate_content_length() if has_body else 0,
         "duration_ms": round((time.perf_counter() - g.started) * 1000, 1),
         "actor": g.get("actor", NOBODY),
         "client_id": g.get("client_id"),
@@ -69,16 +72,3 @@ def _log_request(response: Response) -> Response:
     # JSON escapes line breaks and all that is not ASCII.
     _access.info("%s", json.dumps(line))
     return response
-
-
-def _path(response: Response) -> str | None:
-    # A secret may be in the path by mistake, unless the route has no variable part or what it names exists.
-    if request.url_rule is None or (request.view_args and response.status_code >= 400):
-        return None
-    return request.path
-
-
-def _body_size(response: Response) -> int | None:
-    if request.method == "HEAD" or response.status_code in (204, 304):
-        return 0
-    return response.calculate_content_length()

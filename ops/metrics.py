@@ -30,6 +30,8 @@ from models import Agent, Delivery, Event, RefreshFamily, Webhook, now
 
 ROW_COUNT_AGE = 15.0  # seconds for which counts of rows are cached: one takes 70 ms with a million tokens
 STARTED = time.time()  # in gunicorn's master, before it forks
+# Whether several processes count together, as gunicorn's do.
+_IS_SHARED = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 bp = Blueprint("metrics", __name__, description="Metrics", security=BY_OPERATOR)
 
@@ -49,13 +51,8 @@ def init_app(app: Flask) -> None:
     app.before_request(_start)
     app.after_request(_observe)
     registry = state(app).metrics = CollectorRegistry()
-    for collector in (_Database(), MultiProcessCollector(None) if _is_shared() else REGISTRY, _Service()):
+    for collector in (_Database(), MultiProcessCollector(None) if _IS_SHARED else REGISTRY, _Service()):
         registry.register(collector)
-
-
-def _is_shared() -> bool:
-    """Whether several processes count together, as gunicorn's do."""
-    return "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
 
 def _start() -> None:
@@ -129,7 +126,7 @@ class _Service(Collector):
 
 def _processes() -> list[Path]:
     """Return gunicorn's master and its workers in /proc; without gunicorn, this process and its children."""
-    first = os.getppid() if _is_shared() else os.getpid()
+    first = os.getppid() if _IS_SHARED else os.getpid()
     children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
     return [Path("/proc", pid) for pid in (str(first), *children)]
 
