@@ -20,7 +20,7 @@ import gevent
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from ops import metrics_files
+from ops import log_filters, metrics_files
 
 metrics_files.share()  # before the import of modules that make metrics
 
@@ -55,9 +55,9 @@ loglevel = "warning"
 # For --access-logfile: no path, query, referer or user name, which may hold a credential by mistake.
 # LANYARD_ACCESS_LOG logs routes and callers.
 access_log_format = "%(t)s %(h)s %(m)s %(s)s %(b)s %(M)sms %({x-request-id}o)s"
-# gunicorn quotes malformed requests, which may hold a credential too.
-_QUOTING = ("Invalid request from ip=", "Ignored premature client disconnection.")
-logging.getLogger("gunicorn.error").addFilter(lambda record: not record.getMessage().startswith(_QUOTING))
+_log = logging.getLogger("gunicorn.error")
+_log.addFilter(log_filters.shorten)
+_log.addFilter(log_filters.limit_repeats)
 
 
 def on_starting(server: Any) -> None:
@@ -108,11 +108,17 @@ def post_worker_init(worker: Any) -> None:
     worker.in_progress = 0
     # Duplicates outlive the listeners that gunicorn closes, and with them the queue of new connections.
     worker.listeners = [listener.dup() for listener in worker.sockets]
+    gevent.get_hub().print_exception = _log_exception
     gevent.spawn(_exit_when_idle, worker)
     if "LANYARD" not in worker.app.wsgi().config:
         return  # the benchmark's empty app
     worker.deliverer = Deliverer(worker.app.wsgi())
     worker.deliverer.start()
+
+
+def _log_exception(context: Any, *exc_info: Any) -> None:
+    """Log what gevent would print: an exception outside a request, as when file descriptors run out."""
+    _log.error("Error outside a request.", exc_info=exc_info)
 
 
 def pre_request(worker: Any, request: Any) -> None:

@@ -13,6 +13,7 @@ from api import rfc3339, route_name
 from config import Settings
 from events import NOBODY
 from models import now
+from ops import log_filters
 
 _access = logging.getLogger("lanyard.access")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -31,8 +32,9 @@ class Formatter(logging.Formatter):
 
 
 def open_log() -> None:
-    """Send warnings and errors to standard error."""
+    """Send warnings and errors to standard error, one of a kind a minute."""
     handler = logging.StreamHandler()
+    handler.addFilter(log_filters.limit_repeats)
     handler.setFormatter(Formatter())
     logging.basicConfig(handlers=[handler])
 

@@ -159,8 +159,9 @@ class Deliverer:
 
 
 def _log_failure(what: str, error: Exception) -> None:
-    # A traceback says nothing more about a database that is locked or full.
-    log.error("%s: %s", what, error_text(error), exc_info=None if is_transient(error) else error)
+    # A traceback says nothing more about a database that is locked or full, or too many open files.
+    is_told = is_transient(error) or isinstance(error, OSError)
+    log.error(f"{what}: %s", error_text(error), exc_info=None if is_told else error)
 
 
 def _webhooks_due(connection: sa.Connection) -> list[Any]:
