@@ -39,8 +39,8 @@ MAX_IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver does not delay the oth
 # many unreachable hosts do not delay the others either.
 MAX_IN_FLIGHT_FAILING = 16
 POLL_INTERVAL = 0.2  # seconds between reads of the outbox
-LEASE_INTERVAL = 1.0  # seconds between attempts to take over from a process that has ended
-ERROR_PAUSE = 30.0  # seconds without new attempts after the outbox could not be read or written
+LEASE_INTERVAL = 1.0  # seconds between attempts to take over from a process that has ended, or to read
+ERROR_PAUSE = 30.0  # seconds until a delivery is sent again whose outcome could not be recorded
 # SQLite's lock has no queue: many attempts waiting for it at once would starve the requests.
 _WRITE_LOCK = threading.Lock()
 
@@ -74,7 +74,6 @@ class Deliverer:
         self._app = app
         with app.app_context():
             self._lease: sqlite.Lease | postgresql.Lease = backend(settings()).Lease(settings())
-        self._lease_failed = False
         self._stopping = threading.Event()
         self._attempt_ended = threading.Event()
         self._in_flight: dict[int, Any] = {}  # rows of _DUE by delivery
@@ -91,39 +90,23 @@ class Deliverer:
         self._thread.join(ssrf.TIMEOUT)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            if self._has_lease():
-                self._deliver()
-            else:
-                self._stopping.wait(LEASE_INTERVAL)
-        self._lease.close()
-
-    def _has_lease(self) -> bool:
-        try:
-            has_lease = self._lease.take()
-        except Exception as error:
-            if not self._lease_failed:  # logged once; the next try is in a second
-                _log_failure("The lease for webhook delivery cannot be taken", error)
-            self._lease_failed = True
-            return False
-        self._lease_failed = False
-        return has_lease
-
-    def _deliver(self) -> None:
         with ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="delivery") as pool:
-            while not self._stopping.is_set() and self._has_lease():
+            while not self._stopping.is_set():
                 try:
                     with self._app.app_context():
-                        due = self._due()
+                        due = self._due() if self._lease.take() else None
                 except Exception as error:
                     _log_failure("The outbox cannot be read", error)
-                    self._stopping.wait(ERROR_PAUSE)
+                    due = None
+                if due is None:
+                    self._stopping.wait(LEASE_INTERVAL)
                     continue
                 for delivery in due:
                     self._in_flight[delivery.pk] = delivery
                     pool.submit(self._attempt, delivery)
                 self._attempt_ended.wait(POLL_INTERVAL)
                 self._attempt_ended.clear()
+        self._lease.close()
 
     def _due(self) -> list[Any]:
         """Return the deliveries to attempt now, oldest first, within the limits of what is in flight."""
