@@ -1,4 +1,4 @@
-"""The wall around webhooks: which targets are refused, and that what was checked is what is dialled."""
+"""The SSRF guard: which targets are refused, and that what was checked is what is dialled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult
 
 import pytest
 from cryptography import x509
@@ -29,7 +31,8 @@ INSIDE = [
     "203.0.113.1", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1",
     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "fec0::1",
     "ff02::1", "2001:db8::1", "2002:7f00:1::", "2001:0:4136:e378::1", "64:ff9b::7f00:1", "64:ff9b:1::1",
-    "100::1", "::127.0.0.1", "::ffff:0:127.0.0.1", "3fff::1", "5f00::1", "nonsense", "",
+    "100::1", "::127.0.0.1", "::ffff:0:127.0.0.1", "3fff::1", "5f00::1",
+    "nonsense", "",
 ]  # fmt: skip
 
 
@@ -38,7 +41,12 @@ def test_a_private_address_is_not_public(address: str) -> None:
     assert not ssrf.is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1"])
+PUBLIC = [
+    "1.1.1.1", "93.184.216.34", "2606:4700::1111", "::ffff:1.1.1.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PUBLIC)
 def test_a_public_address_is_public(address: str) -> None:
     assert ssrf.is_public(address)
 
@@ -98,25 +106,29 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return decide
 
 
+def resolve(target: SplitResult) -> list[tuple[str, int]]:
+    return ssrf.resolve(target, ssrf.deadline(), allow_private=False)
+
+
 @pytest.mark.parametrize("address", INSIDE[:-2])
 def test_a_name_that_resolves_to_a_private_address_is_refused(
     answers: Callable[..., None], address: str
 ) -> None:
     target = ssrf.parse("https://hooks.example.com/", allow_private=False)
     answers("1.1.1.1")
-    assert ssrf.resolve(target, allow_private=False) == ("1.1.1.1", 443)
+    assert resolve(target) == [("1.1.1.1", 443)]
     answers(address)
     with pytest.raises(ssrf.Refused):
-        ssrf.resolve(target, allow_private=False)
+        resolve(target)
 
 
 def test_one_private_address_among_several_is_enough(answers: Callable[..., None]) -> None:
     target = ssrf.parse("https://hooks.example.com/", allow_private=False)
     answers("1.1.1.1")
-    assert ssrf.resolve(target, allow_private=False) == ("1.1.1.1", 443)
+    assert resolve(target) == [("1.1.1.1", 443)]
     answers("1.1.1.1", "10.0.0.1")
     with pytest.raises(ssrf.Refused):
-        ssrf.resolve(target, allow_private=False)
+        resolve(target)
 
 
 class Receiver:
@@ -141,14 +153,63 @@ class Receiver:
 
 def post(receiver: Receiver) -> ssrf.Outcome:
     target = ssrf.parse(f"http://hooks.example.com:{receiver.port}/hook", allow_private=True)
-    return ssrf.post(target, ("127.0.0.1", receiver.port), b"{}", {"webhook-id": "evt_1"})
+    return ssrf.post(target, [("127.0.0.1", receiver.port)], b"{}", {"webhook-id": "evt_1"}, ssrf.deadline())
 
 
 def test_the_checked_address_is_dialled_under_the_hosts_name() -> None:
-    receiver = Receiver(lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    receiver = Receiver(lambda c: c.sendall(OK))
     assert post(receiver) == ssrf.Outcome(200, "ok")
     assert b"POST /hook HTTP/1.1\r\n" in receiver.heard
     assert f"Host: hooks.example.com:{receiver.port}\r\n".encode() in receiver.heard
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def test_the_checked_addresses_are_dialled_in_turn() -> None:
+    receiver = Receiver(lambda c: c.sendall(OK))
+    target = ssrf.parse(f"http://hooks.example.com:{receiver.port}/", allow_private=True)
+    addresses = [(address, receiver.port) for address in ("::1", "127.0.0.2", "127.0.0.1")]
+    assert ssrf.post(target, addresses, b"{}", {}, ssrf.deadline()).status == 200
+    with pytest.raises(ConnectionRefusedError):
+        ssrf.post(target, addresses[:2], b"{}", {}, ssrf.deadline())
+
+
+@contextmanager
+def silent(address: str) -> Iterator[tuple[str, int]]:
+    """A place that takes no connection: the queue of its listener is full."""
+    with socket.create_server((address, 0), backlog=0) as listener, ExitStack() as waiting:
+        for _ in range(3):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+def test_an_address_that_hangs_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssrf, "TIMEOUT", 2.0)
+    receiver = Receiver(lambda c: c.sendall(OK))
+    target = ssrf.parse(f"http://hooks.example.com:{receiver.port}/", allow_private=True)
+    with silent("127.0.0.1") as first, silent("127.0.0.1") as second:
+        addresses = [first, second, ("127.0.0.1", receiver.port)]
+        started = time.monotonic()
+        assert ssrf.post(target, addresses, b"{}", {}, ssrf.deadline()).status == 200
+        assert time.monotonic() - started > 1, "they have hung"
+        with pytest.raises(TimeoutError):
+            ssrf.post(target, [first, second], b"{}", {}, ssrf.deadline())
+    assert 3 < time.monotonic() - started < 4.5
+
+
+def test_a_lookup_that_hangs_ends_at_the_deadline(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssrf, "TIMEOUT", 0.1)
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: released.wait(10) and [])
+    body = {"name": "x", "url": "https://hooks.example.com/", "events": ["*"]}
+    response = client.post("/api/webhooks", json=body, headers=OPERATOR)
+    released.set()
+    assert (response.status_code, response.json["fields"]) == (400, {"url": ["The host has no address."]})
 
 
 def test_redirects_are_not_followed() -> None:
@@ -198,7 +259,7 @@ started = time.monotonic()
 address = listener.getsockname()
 target = ssrf.parse("https://localhost:%d/" % address[1], allow_private=False)
 try:
-    ssrf.post(target, address, b"", {})
+    ssrf.post(target, [address], b"", {}, ssrf.deadline())
 except TimeoutError as error:
     print(error, time.monotonic() - started < 4)
 """
@@ -293,9 +354,10 @@ def test_the_certificate_is_checked_for_the_name_not_the_address(
 
     receiver = Receiver(answer_in_tls, listen_first=False)
     target = ssrf.parse(f"https://hooks.example.com:{receiver.port}/", allow_private=False)
-    address = ("127.0.0.1", receiver.port)
+    ssrf._tls.cache_clear()
+    request = (target, [("127.0.0.1", receiver.port)], b"{}", {}, ssrf.deadline())
     if works:
-        assert ssrf.post(target, address, b"{}", {}).status == 204
+        assert ssrf.post(*request).status == 204
     else:
         with pytest.raises(ssl.SSLCertVerificationError):
-            ssrf.post(target, address, b"{}", {})
+            ssrf.post(*request)

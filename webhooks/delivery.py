@@ -158,13 +158,13 @@ def _webhooks_due(connection: sa.Connection) -> list[Any]:
 
 def _send(delivery: Any) -> Outcome:
     """Make one attempt. Whatever goes wrong is the outcome of this delivery alone."""
-    allow_private = settings().webhook_allow_private
+    allow_private, until = settings().webhook_allow_private, ssrf.deadline()
     try:
         target = ssrf.parse(delivery.url, allow_private=allow_private)
-        # A name may resolve to another address by now: check again, and connect to what was checked.
-        address = ssrf.resolve(target, allow_private=allow_private)
+        # A name may resolve to other addresses by now: check again, and connect to what was checked.
+        addresses = ssrf.resolve(target, until, allow_private=allow_private)
         body = _body(delivery)
-        return ssrf.post(target, address, body.encode(), _headers(delivery, body))
+        return ssrf.post(target, addresses, body.encode(), _headers(delivery, body), until)
     except ssrf.Refused as refusal:
         return Outcome(error=f"Refused: {refusal}")
     except Exception as error:

@@ -193,7 +193,7 @@ def _check_url(fields: dict[str, Any]) -> None:
     try:
         target = ssrf.parse(fields["url"], allow_private=allow_private)
         if not allow_private:
-            ssrf.resolve(target, allow_private=False)
+            ssrf.resolve(target, ssrf.deadline(), allow_private=False)
     except ssrf.Refused as refusal:
         raise Problem(400, "invalid_request", f"'url': {refusal}", fields={"url": [str(refusal)]}) from None
 

@@ -1,4 +1,4 @@
-"""SSRF guard: which addresses webhooks may be sent to, and a POST that connects to the checked one only."""
+"""SSRF guard: which addresses webhooks may be sent to, and a POST that connects to checked ones only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import ipaddress
 import socket
 import ssl
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import gevent
+from gevent import monkey, threadpool
 
-TIMEOUT = 10.0  # seconds for the connection, the request and the response together
+TIMEOUT = 10.0  # seconds for the addresses, the connection, the request and the response together
 BODY_LIMIT = 1024  # bytes of a response's body that are stored
 READ_LIMIT = 65_536  # bytes of a response that are read, headers included
 
@@ -67,22 +70,45 @@ def parse(url: str, *, allow_private: bool) -> SplitResult:
     return parts
 
 
-def resolve(target: SplitResult, *, allow_private: bool) -> tuple[str, int]:
-    """Return the address and the port to connect to, however the host is spelt.
+def deadline() -> float:
+    """Return when an attempt that begins now must have ended, on the monotonic clock."""
+    return time.monotonic() + TIMEOUT
+
+
+@cache  # not made before a worker is forked
+def _resolvers() -> Executor:
+    """Return native threads for lookups alone: those of names that no server answers for take long.
+
+    gevent resolves all names of the process, also the database's, in ten threads.
+    """
+    is_patched = monkey.is_module_patched("threading")
+    return threadpool.ThreadPoolExecutor(64) if is_patched else ThreadPoolExecutor(64)
+
+
+def resolve(target: SplitResult, until: float, *, allow_private: bool) -> list[tuple[str, int]]:
+    """Return the addresses to connect to, each with the port, however the host is spelt.
 
     :raises Refused: when the name has no address, or any of its addresses is not a public one.
     """
     host, port = target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
-    try:
-        host.encode("idna")  # gevent's resolver would print a traceback
-        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise Refused("The host has no address.") from None
-    addresses = [str(entry[4][0]) for entry in entries]
+    addresses: list[str] = []
+    with suppress(TimeoutError):
+        addresses = _resolvers().submit(_look_up, host, port).result(_remaining(until))
+    if not addresses:
+        raise Refused("The host has no address.")
     # Refuse for one private address among several: the order of the addresses is the resolver's.
     if not allow_private and not all(is_public(address) for address in addresses):
         raise Refused("The host has a private address.")
-    return addresses[0], port
+    return [(address, port) for address in addresses]
+
+
+def _look_up(host: str, port: int) -> list[str]:
+    """Return a host's addresses, in the resolver's order; none when the lookup fails."""
+    getaddrinfo = monkey.get_original("socket", "getaddrinfo")  # gevent's would use its own threads
+    try:
+        return [str(entry[4][0]) for entry in getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        return []  # gevent would log an exception in the thread
 
 
 def is_public(text: str) -> bool:
@@ -100,29 +126,47 @@ def is_public(text: str) -> bool:
     return not any(address in network for network in _REFUSED)
 
 
-def post(target: SplitResult, address: tuple[str, int], body: bytes, headers: dict[str, str]) -> Outcome:
-    """POST to the checked address, without redirects or a proxy.
+def post(
+    target: SplitResult, addresses: list[tuple[str, int]], body: bytes, headers: dict[str, str], until: float
+) -> Outcome:
+    """POST to the first of the checked addresses that takes a connection, without redirects or a proxy.
 
-    :raises OSError: when there is no response within TIMEOUT.
+    :raises OSError: when there is no response by `until`.
     :raises http.client.HTTPException: when the response is not HTTP.
     """
-    deadline = time.monotonic() + TIMEOUT
     # gevent applies a socket's timeout to each read of a TLS handshake, not to the whole.
-    with gevent.Timeout(TIMEOUT + 1, _no_response()):
-        sock = socket.create_connection(address, timeout=TIMEOUT)
+    with gevent.Timeout(_remaining(until) + 1, _no_response()):
+        sock = _connect(addresses, until)
         try:
             if target.scheme == "https":
                 # The certificate is checked for the name, not for the address.
                 name = (target.hostname or "").rstrip(".")
-                sock.settimeout(_remaining(deadline))
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=name)
-            sock.settimeout(_remaining(deadline))
+                sock.settimeout(_remaining(until))
+                sock = _tls().wrap_socket(sock, server_hostname=name)
+            sock.settimeout(_remaining(until))
             sock.sendall(_request(target, body, headers))
-            response = http.client.HTTPResponse(_Reader(sock, deadline), method="POST")  # type: ignore[arg-type]
+            response = http.client.HTTPResponse(_Reader(sock, until), method="POST")  # type: ignore[arg-type]
             response.begin()
             return Outcome(response.status, _beginning(response), response.headers.get("Retry-After"))
         finally:
             sock.close()
+
+
+def _connect(addresses: list[tuple[str, int]], until: float) -> socket.socket:
+    """Try the addresses in turn, each with an equal share of the time that is left.
+
+    :raises OSError: the last one's, when none takes the connection.
+    """
+    *others, last = addresses
+    for tried, address in enumerate(others):
+        with suppress(OSError):
+            return socket.create_connection(address, _remaining(until) / (len(addresses) - tried))
+    return socket.create_connection(last, _remaining(until))
+
+
+@cache  # it takes 25 ms to read the certificates of the authorities
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()
 
 
 def _request(target: SplitResult, body: bytes, headers: dict[str, str]) -> bytes:
@@ -142,9 +186,9 @@ def _beginning(response: http.client.HTTPResponse) -> str:
 class _Reader(socket.SocketIO):
     """Read up to READ_LIMIT bytes until a deadline: http.client limits neither bytes nor total time."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, until: float) -> None:
         super().__init__(sock, "r")
-        self._socket, self._deadline, self._limit = sock, deadline, READ_LIMIT
+        self._socket, self._until, self._limit = sock, until, READ_LIMIT
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return a file, as http.client calls it on a socket."""
@@ -152,14 +196,14 @@ class _Reader(socket.SocketIO):
 
     def readinto(self, buffer: Any) -> int | None:
         """Read the next bytes, or none at the limit or the end of the response."""
-        self._socket.settimeout(_remaining(self._deadline))
+        self._socket.settimeout(_remaining(self._until))
         count = super().readinto(memoryview(buffer)[: self._limit]) if self._limit else 0
         self._limit -= count or 0
         return count
 
 
-def _remaining(deadline: float) -> float:
-    seconds = deadline - time.monotonic()
+def _remaining(until: float) -> float:
+    seconds = until - time.monotonic()
     if seconds <= 0:
         raise _no_response()
     return seconds
