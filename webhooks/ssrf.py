@@ -23,10 +23,12 @@ READ_LIMIT = 65_536  # bytes of a response that are read, headers included
 
 # Beyond what Python calls not global: ranges that lead to private addresses by translation or tunnel,
 # and ranges that only later Pythons know.
-_REFUSED = [
-    ipaddress.ip_network(network)
-    for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20")
-]
+_TUNNELS = "192.0.0.0/24 192.88.99.0/24 2001::/23 2002::/16 3fff::/20"
+# Public by their number, but inside of a cloud by its documentation: Azure's platform (learn.microsoft.com,
+# "What is IP address 168.63.129.16?"); the Services of a GKE cluster (cloud.google.com/kubernetes-engine, the
+# "GKE-managed Service range"); IBM Cloud's services (cloud.ibm.com, VPC API, "reserved address ranges").
+_CLOUDS = "168.63.129.16 34.118.224.0/20 2600:2d00:0:4::/64 161.26.0.0/16 166.8.0.0/14"
+_REFUSED = [ipaddress.ip_network(network) for network in f"{_TUNNELS} {_CLOUDS}".split()]
 _IPV6_GLOBAL = ipaddress.ip_network("2000::/3")  # all that IANA has allocated of IPv6's unicast space
 
 
