@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from support import postgresql as on_postgresql
 from support.callers import OPERATOR, Operator
 from support.clock import Clock
 from support.hooks import URL, call, create, deliveries, due_deliveries, settle
+from support.hostile import TEN, listening
 from support.instances import engine_of
 from support.receiver import Receiver
 from support.servers import Server, register, token_body
@@ -162,6 +163,27 @@ def test_a_dead_host_does_not_delay_other_deliveries(serve: Serve, receive: Call
         register(server)
         receiver.wait_for(lambda: len(receiver.taken) == 1, seconds=8)
         server.process.kill()
+
+
+def test_ten_hostile_receivers_do_not_delay_a_healthy_one(
+    serve: Serve, receive: Callable[..., Receiver]
+) -> None:
+    server, receiver = serve(LOCAL="1").wait(), receive()
+    with ExitStack() as hostile:
+        for behave in TEN:
+            subscribe(server, hostile.enter_context(listening(behave)), "agent.created")
+        for _ in range(20):
+            register(server)
+        subscribe(server, receiver.url, "key.rotated")
+        delays = []
+        for count in range(1, 6):
+            requests.post(f"{server.url}/api/keys/rotate", json={}).raise_for_status()
+            started = time.monotonic()
+            receiver.wait_for(lambda count=count: len(receiver.taken) == count)
+            delays.append(time.monotonic() - started)
+            time.sleep(0.5)
+        server.kill()
+    assert max(delays) < 3, delays  # 0.3 on a quiet machine
 
 
 def test_a_graceful_stop_lets_a_delivery_in_flight_finish(
@@ -349,6 +371,25 @@ def test_a_redelivery_asked_for_during_an_attempt_is_still_to_come(
     with app.app_context():
         delivery._record_outcome(attempt, Outcome(500))
     assert len(due_deliveries(app)) == 1
+
+
+def test_slow_receivers_leave_a_slot_for_each_other(app: Flask, client: FlaskClient) -> None:
+    """None of them has failed yet, and each may have eight."""
+    for _ in range(5):
+        create(client, events=["agent.created"])
+    for _ in range(delivery.MAX_IN_FLIGHT_EACH):
+        Operator(app).create()
+    busy = delivery.Deliverer(app)
+    with app.app_context():
+        in_flight = {attempt.pk: attempt for attempt in busy._due()}
+    assert len(in_flight) >= delivery.MAX_IN_FLIGHT
+    assert len({attempt.webhook_pk for attempt in in_flight.values()}) == 5
+    late = create(client, events=["agent.created"], url="http://localhost:9/late")
+    Operator(app).create()
+    busy._in_flight = in_flight
+    with app.app_context():
+        (attempt,) = busy._due()
+    assert attempt.url == late["webhook"]["url"]
 
 
 def test_many_dead_hosts_leave_room_for_a_healthy_one(app: Flask, client: FlaskClient) -> None:

@@ -33,8 +33,11 @@ RETRY_DELAYS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 RETRY_JITTER = 0.2  # at most this part more, so that deliveries that failed together are not retried together
 FAILING_FOR = timedelta(days=5)  # without a success: the webhook is deactivated
 GONE = 410
+# Attempts at once. Beyond that, each webhook whose last attempt did not fail has a slot of its own: receivers
+# that take long over their responses must not delay the others.
 MAX_IN_FLIGHT = 32
-MAX_IN_FLIGHT_EACH = 8  # of one webhook: a slow receiver does not delay the others
+MAX_IN_FLIGHT_EACH = 8  # of one webhook
+MAX_THREADS = 1000  # greenlets in the server, made when needed
 # A webhook whose last attempt failed gets one slot; all failing webhooks together get half, so that
 # many unreachable hosts do not delay the others either.
 MAX_IN_FLIGHT_FAILING = 16
@@ -90,7 +93,7 @@ class Deliverer:
         self._thread.join(ssrf.TIMEOUT)
 
     def _run(self) -> None:
-        with ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="delivery") as pool:
+        with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="delivery") as pool:
             while not self._stopping.is_set():
                 try:
                     with self._app.app_context():
@@ -115,11 +118,12 @@ class Deliverer:
         due: list[Any] = []
         with reading() as connection:
             for webhook_pk, failing_since in _webhooks_due(connection):
-                free, most = MAX_IN_FLIGHT - len(in_flight) - len(due), MAX_IN_FLIGHT_EACH
-                if failing_since is not None:
+                used, free = per_webhook[webhook_pk], MAX_IN_FLIGHT - len(in_flight) - len(due)
+                if failing_since is None:
+                    slots = max(1 - used, min(free, MAX_IN_FLIGHT_EACH - used))
+                else:
                     failing = sum(delivery.failing_since is not None for delivery in [*in_flight, *due])
-                    free, most = min(free, MAX_IN_FLIGHT_FAILING - failing), 1
-                slots = min(free, most - per_webhook[webhook_pk])
+                    slots = min(free, MAX_IN_FLIGHT_FAILING - failing, 1 - used)
                 if slots > 0:
                     excluded = Delivery.pk.not_in([delivery.pk for delivery in in_flight])
                     of_webhook = _DUE.where(
