@@ -321,9 +321,13 @@ def test_a_webhook_says_how_often_to_retry(app: Flask, client: FlaskClient) -> N
         ("120", 120),
         ("0", 5),
         ("99999999999", 86_400),
+        ("9" * 5000, 86_400),
+        ("0" * 5000 + "120", 120),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 5),
         ("Fri, 31 Dec 2999 00:00:00 GMT", 86_400),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", 86_400),
     ],
+    ids=lambda value: str(value)[-30:],
 )
 def test_a_receiver_may_say_when_to_come_back(
     app: Flask, client: FlaskClient, time_machine: Clock, asked: str, seconds: int
@@ -335,6 +339,37 @@ def test_a_receiver_may_say_when_to_come_back(
     assert due_deliveries(app) == []
     time_machine.advance(seconds=1)
     assert len(due_deliveries(app)) == 1
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2035 99999999999999999999:00:00 GMT",
+        "Mon, 01 Jan 2035 00:00:00 +9999999999999999",
+        "Mon, 01 Jan " + "9" * 5000 + " 00:00:00 GMT",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+        "\u0661\u0662",
+        "\xb2",
+        "-5",
+        "1e5",
+        "inf",
+        "nan",
+        "",
+        "\0",
+    ],
+    ids=ascii,
+)
+def test_a_retry_after_of_any_shape_ends_in_the_schedule(
+    app: Flask, client: FlaskClient, time_machine: Clock, malformed: str
+) -> None:
+    hook = create(client, events=["agent.created"], max_retries=1)
+    Operator(app).create()
+    settle(app, 503, retry_after=malformed)
+    time_machine.advance(seconds=delivery.RETRY_DELAYS[0] * (1 + delivery.RETRY_JITTER) + 1)
+    settle(app, 503, retry_after=malformed)
+    (found,) = deliveries(client, hook)
+    assert (found["status"], found["attempts"]) == ("dead", 2)
 
 
 def test_a_410_disables_the_webhook_and_is_an_event(app: Flask, client: FlaskClient) -> None:
@@ -371,6 +406,29 @@ def test_a_redelivery_asked_for_during_an_attempt_is_still_to_come(
     with app.app_context():
         delivery._record_outcome(attempt, Outcome(500))
     assert len(due_deliveries(app)) == 1
+
+
+def test_a_response_that_cannot_be_recorded_is_a_failed_attempt(
+    app: Flask, client: FlaskClient, receive: Callable[..., Receiver]
+) -> None:
+    """Whatever the reason, the delivery ends: here the database itself refuses a status."""
+    refuse = "ALTER TABLE deliveries ADD CHECK (response_status <> 299)"
+    if not on_postgresql.is_used():
+        refuse = "CREATE TRIGGER refuse BEFORE UPDATE ON deliveries WHEN NEW.response_status = 299"
+        refuse += " BEGIN SELECT RAISE(ABORT, 'no'); END"
+    with app.app_context(), writing() as connection:
+        connection.exec_driver_sql(refuse)
+    hook = create(client, events=["agent.created"], max_retries=0, url=receive(lambda _: 299).url)
+    Operator(app).create()
+    deliverer = delivery.Deliverer(app)
+    deliverer.start()
+    until = time.monotonic() + 10
+    while deliveries(client, hook)[0]["status"] == "pending" and time.monotonic() < until:
+        time.sleep(0.05)
+    deliverer.stop()
+    (found,) = deliveries(client, hook)
+    assert (found["status"], found["attempts"]) == ("dead", 1)
+    assert found["error"].startswith("The response cannot be recorded: ")
 
 
 def test_slow_receivers_leave_a_slot_for_each_other(app: Flask, client: FlaskClient) -> None:

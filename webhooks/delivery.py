@@ -135,7 +135,7 @@ class Deliverer:
     def _attempt(self, delivery: Any) -> None:
         try:
             with self._app.app_context():
-                _record_outcome(delivery, _send(delivery))
+                _judge(delivery, _send(delivery))
         except Exception as error:
             # The delivery stays due: without a pause, a full disk would have it sent over and over.
             _log_failure("The outcome of a webhook delivery cannot be recorded", error)
@@ -202,6 +202,21 @@ def _secrets(delivery: Any) -> list[str]:
     return [decrypt(secret, settings().secret_keys) for secret in stored]
 
 
+def _judge(attempted: Any, outcome: Outcome) -> None:
+    """Record an attempt's outcome; one that cannot be recorded, whatever the response, counts as a failure.
+
+    :raises DBAPIError: when the database does not answer.
+    """
+    try:
+        _record_outcome(attempted, outcome)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        _log_failure("The response to a webhook delivery cannot be recorded", error)
+        text = f"The response cannot be recorded: {type(error).__name__}."
+        _record_outcome(attempted, Outcome(error=text))
+
+
 def _record_outcome(attempted: Any, outcome: Outcome) -> None:
     """Record an attempt's outcome, and when to retry."""
     with _WRITE_LOCK, writing(durable=not outcome.is_success) as connection:
@@ -264,7 +279,7 @@ def _parse_retry_after(text: str) -> float | None:
     """Return the seconds of a Retry-After header (RFC 9110 §10.2.3), or None if it is malformed."""
     text = text.strip()
     if text.isascii() and text.isdigit():
-        return float(text[:9])
+        return float(text)
     try:
         return (parsedate_to_datetime(text) - now()).total_seconds()
     except (ValueError, TypeError, OverflowError):
