@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from console import docs, openapi
 from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, db, new_id
 from ops import access_log, cleanup, metrics
+from storage.files import copy_owner, whole_file
 from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
@@ -121,6 +123,8 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
 
 
 def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
+    if not serving:
+        settings.check_noted()
     if not serving and settings.uses_sqlite and not settings.database_file.exists():
         raise SettingError(
             f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
@@ -144,6 +148,9 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     if serving:
         auth.ensure_admin_token(settings)
+        with whole_file(settings.note) as draft:
+            draft.write_text(json.dumps(settings.to_note()))
+            copy_owner(settings.instance, draft)
     with database.writing() as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
         outdated = database.outdated_secrets(connection)

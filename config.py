@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,8 @@ DAY = 86_400
 _SERVICE = re.compile(r"(tcp|udp|sctp)://")
 _OF_KUBERNETES = re.compile(r"LANYARD_(SERVICE_HOST|SERVICE_PORT.*|PORT_[0-9]+_.*)")
 POSTGRESQL = "postgresql+psycopg://"
+_NOTED = "host port local issuer audience signing_alg trusted_proxies webhook_allow_private"
+NOTED = tuple(_NOTED.split())  # what a starting server notes beside its database's name
 # Options of psycopg's own that cannot be given as text.
 _NOT_IN_URL = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
 
@@ -103,6 +107,40 @@ class Settings:
     def path(self, path: str) -> str:
         """Return `path` below the issuer's, under which a proxy may serve Lanyard."""
         return urlsplit(self.issuer).path.rstrip("/") + path
+
+    @property
+    def note(self) -> Path:
+        """The file in which a starting server notes what it serves, for commands."""
+        return self.instance / "serving.json"
+
+    def noted(self) -> dict[str, Any]:
+        """Return `database` and NOTED as the instance's last server started with them; {} without a note."""
+        with suppress(OSError, ValueError):
+            return dict(json.loads(self.note.read_text()))
+        return {}
+
+    def to_note(self) -> dict[str, Any]:
+        """Return what a server notes: no secrets."""
+        return {name: getattr(self, name) for name in NOTED} | {"database": self._database_in_instance}
+
+    def check_noted(self) -> None:
+        """Refuse to use another database than the instance's server.
+
+        :raises SettingError:
+        """
+        served, own = self.noted().get("database"), self._database_in_instance
+        if served not in (None, own):
+            raise SettingError(
+                f"LANYARD_DATABASE_URL must be the server's: it serves {served}, and this command would use"
+                f" {own}. With --env-file, ./lanyard reads the server's environment."
+            )
+
+    @property
+    def _database_in_instance(self) -> str:
+        """The database's name, relative to the instance's folder, which may be moved, if it is in there."""
+        if self.uses_sqlite and self.database_file.is_relative_to(self.instance):
+            return str(self.database_file.relative_to(self.instance))
+        return self.database_name.replace(":5432/", "/")
 
     @property
     def uses_sqlite(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
-from typing import Any
+import shlex
+from typing import IO, Any
 
 import click
 
@@ -49,8 +51,24 @@ def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) ->
         ctx.exit()
 
 
+def _read_env_file(ctx: click.Context, option: click.Parameter, file: IO[str] | None) -> None:
+    """Take over the LANYARD_* variables of a file in the form of systemd's EnvironmentFile."""
+    for line in file or ():
+        name, is_set, value = line.strip().partition("=")
+        if is_set and name.startswith("LANYARD_"):
+            os.environ[name] = " ".join(shlex.split(value))
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@click.option(
+    "--env-file",
+    type=click.File(),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_env_file,
+    help="Read the server's LANYARD_* settings from this file.",
+)
 @click.pass_context
 def lanyard(ctx: click.Context) -> None:
     """Manage Lanyard. The commands read the same LANYARD_* settings as the server."""

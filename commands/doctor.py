@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import auth
 import keys
 from api import rfc3339
 from commands import backup
-from config import LOOPBACK_NAMES, SettingError, Settings, odd_variables
+from config import LOOPBACK_NAMES, NOTED, SettingError, Settings, odd_variables
 from database import error_text, stored_secrets
 from migrations import upgrade
 from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now
@@ -46,9 +47,9 @@ class Finding(NamedTuple):
 
 
 def examine(settings: Settings | None = None) -> Iterator[Finding]:
-    """Run all checks, the cheap ones first, with the settings given or those of the environment."""
+    """Run all checks, the cheap ones first, with the settings given or those that the server has noted."""
     try:
-        settings = settings or Settings.from_env()
+        settings = settings or _settings_of_server()
     except SettingError as error:
         yield Finding(FAIL, "settings", error.message)
         return
@@ -58,6 +59,12 @@ def examine(settings: Settings | None = None) -> Iterator[Finding]:
         yield from _examine_sqlite(settings)
     else:
         yield from _examine_postgresql(settings)
+
+
+def _settings_of_server() -> Settings:
+    settings = Settings.from_env()
+    settings.check_noted()
+    return replace(settings, **{name: value for name, value in settings.noted().items() if name in NOTED})
 
 
 def _run(checks: Mapping[str, Callable[..., Results]], *arguments: object) -> Iterator[Finding]:

@@ -247,7 +247,7 @@ def test_the_files_are_their_owners_only(tmp_path: Path) -> None:
         pragma("user_version")
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     files = {"lanyard.db", "lanyard.db-wal", "lanyard.db-shm", "lanyard.db.lock", "lanyard.db.serving"}
-    assert set(modes) == files
+    assert set(modes) == files | {"serving.json"}
     assert set(modes.values()) == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 

@@ -17,7 +17,7 @@ from flask import Flask
 from support.callers import OPERATOR
 from support.clock import Clock
 from support.instances import ADMIN_TOKEN, engine_of, settings_for
-from support.servers import Server
+from support.servers import Server, lanyard
 
 from commands import doctor
 from commands.__main__ import lanyard as commands
@@ -243,3 +243,36 @@ def test_a_failure_is_an_exit_code(variables: dict[str, str], told: str) -> None
     assert result.exit_code == 1
     assert told in result.stdout
     assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.sqlite
+def test_the_command_looks_at_what_the_server_has(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app(ISSUER="https://id.example.com", TRUSTED_PROXIES="1", LOCAL="0")
+    env = {"LANYARD_INSTANCE": str(tmp_path / "instance"), "LANYARD_ADMIN_TOKEN": ADMIN_TOKEN}
+    output = CliRunner().invoke(commands, ["doctor"], env=env).output
+    assert "Tokens name https://id.example.com." in output
+    assert "LANYARD_TRUSTED_PROXIES" not in output
+
+
+@pytest.mark.sqlite
+def test_a_command_refuses_another_database_than_the_servers(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
+    make_app(DATABASE_URL=f"sqlite:///{tmp_path}/instance/other.db")
+    env = {"LANYARD_INSTANCE": str(tmp_path / "instance"), "LANYARD_ADMIN_TOKEN": ADMIN_TOKEN}
+    for command in (["agents", "list"], ["backup", str(tmp_path / "copy.db")], ["doctor"]):
+        result = CliRunner().invoke(commands, command, env=env)
+        assert result.exit_code == 1
+        assert "it serves other.db, and this command would use lanyard.db" in result.output
+    file = tmp_path / "lanyard.env"
+    file.write_text(f"# the unit's\nLANYARD_DATABASE_URL='sqlite:///{tmp_path}/instance/other.db'\nPATH=/\n")
+    done = lanyard("--env-file", str(file), "agents", "list", env={**os.environ, **env})
+    assert (done.returncode, done.stdout.split()[0]) == (0, "NAME")
+
+
+@pytest.mark.sqlite
+def test_an_instance_may_be_moved(make_app: Callable[..., Flask], tmp_path: Path) -> None:
+    make_app()
+    (tmp_path / "instance").rename(tmp_path / "moved")
+    env = {"LANYARD_INSTANCE": str(tmp_path / "moved"), "LANYARD_ADMIN_TOKEN": ADMIN_TOKEN}
+    assert CliRunner().invoke(commands, ["agents", "list"], env=env).exit_code == 0
