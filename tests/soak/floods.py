@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 from ledger import OPERATOR, Caller, Change, Tally
 from scenes import Scene, Stage
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `make soak`
+
+from support.hostile import TEN, listening
+from support.receiver import Receiver
+
 MOST_LINES = 20  # that a flood may add to the log
 CONNECTIONS = 16
+SOON = 3  # seconds; 0.3 without the load of the scene
 
 # A byte, half a head, a body that is cut, a chunk that is no chunk, and no HTTP at all.
 BROKEN = (
@@ -65,6 +74,40 @@ def rotation_flood(stage: Stage, seconds: float) -> Scene:
         if not Change(stage.ledger, Caller(stage.server, scene.tally)).create():
             scene.tally.violation("no agent could be created after the flood")
     return scene
+
+
+def hostile_receivers(stage: Stage, seconds: float) -> Scene:
+    """Ten receivers stall, drip, lie and reset; a healthy one is told at once all the same."""
+    with stage.scene("hostile receivers", 10) as scene, ExitStack() as stack:
+        caller = Caller(stage.server, scene.tally)
+
+        def subscribe(url: str, event: str) -> str:
+            body = {"name": "receiver", "url": url, "events": [event]}
+            return str(caller.call("POST", "/api/webhooks", json=body, headers=OPERATOR)[1]["webhook"]["id"])
+
+        hooks = [subscribe(stack.enter_context(listening(behave)), "agent.*") for behave in TEN]
+        receiver = Receiver()
+        stack.callback(receiver.shutdown)
+        hooks.append(subscribe(receiver.url, "key.rotated"))
+        slowest = 0.0
+        with stage.load(scene):
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                heard, started = len(receiver.taken), time.monotonic()
+                caller.call("POST", "/api/keys/rotate", json={}, headers=OPERATOR)
+                receiver.wait_for(partial(_has_more, receiver, heard))
+                slowest = max(slowest, time.monotonic() - started)
+                time.sleep(0.5)
+        scene.tally.count(f"slowest delivery: {slowest:.2f} s")
+        if slowest > SOON:
+            scene.tally.violation(f"a healthy receiver waited {slowest:.1f} seconds")
+        for hook in hooks:
+            caller.call("DELETE", f"/api/webhooks/{hook}", headers=OPERATOR)
+    return scene
+
+
+def _has_more(receiver: Receiver, heard: int) -> bool:
+    return len(receiver.taken) > heard
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def on_any_disk() -> list[Callable[[Stage], Scene]]:
         partial(scenes.clock_jumps, seconds=10.5),
         partial(floods.log_flood, times=5000),
         partial(floods.rotation_flood, seconds=10),
+        partial(floods.hostile_receivers, seconds=10),
     ]
 
 
