@@ -280,15 +280,6 @@ class Text(fields.String):
         return text
 
 
-class StrictInteger(fields.Integer):
-    """A JSON integer: 1, but neither 1.0, "1" nor true."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return super()._deserialize(value, attr, data, **kwargs)
-
-
 class StrictBoolean(fields.Boolean):
     """A JSON boolean: true, but neither 1 nor "yes"."""
 

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,19 +298,8 @@ def _admin_token() -> str | None:
     """Return the admin token, or None (matches nothing) while its file is missing or invalid."""
     if settings().admin_token:
         return settings().admin_token
-    path = admin_token_file(settings())
-    stamp = None
-    with suppress(OSError):
-        status = path.stat()
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-    return _read_changed(path, stamp)
-
-
-@lru_cache(maxsize=1)
-def _read_changed(path: Path, stamp: object) -> str | None:
-    # The stamp is taken before the file is read: a change between the two is read the next time.
     try:
-        return read_admin_token(path)
+        return read_admin_token(admin_token_file(settings()))
     except (OSError, ValueError, SettingError) as error:
         log.warning("Every admin token is refused until the file can be read: %s", error)
         return None

@@ -16,7 +16,7 @@ import schemas
 from api import BY_OPERATOR, Blueprint
 from config import state
 from database import is_transient, newest_page, reading, writing
-from models import Delivery, Event, Number, Timestamp, Webhook, has_word, new_id, now
+from models import Agent, Delivery, Event, Number, Timestamp, Webhook, has_word, new_id, now
 
 OPERATOR = "admin"
 NOBODY = "anonymous"
@@ -199,12 +199,13 @@ bp = Blueprint(
 def list_events(query: dict[str, Any]) -> dict[str, Any]:
     """List events, newest first."""
     statement = sa.select(Event)
-    if query["agent_id"] is not None:
-        statement = statement.where(Event.agent_id == query["agent_id"])
     if query["type"] is not None:
         group = query["type"].removesuffix("*")
         exactly = group == query["type"]
         statement = statement.where(Event.type == group if exactly else Event.type.startswith(group))
     with reading() as connection:
+        if (agent_id := query["agent_id"]) is not None:
+            by_client_id = sa.select(Agent.id).where(Agent.client_id == agent_id)
+            statement = statement.where(Event.agent_id == (connection.scalar(by_client_id) or agent_id))
         page, following = newest_page(connection, statement, Event.pk, query)
     return {"events": page, "next": following}

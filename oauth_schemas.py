@@ -7,7 +7,7 @@ from marshmallow import EXCLUDE, Schema, fields
 from marshmallow.validate import Equal, Length, OneOf
 
 from api import doc
-from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, JWK, KID, Response
+from schemas import AGENT_ID, CLIENT_ID, CLIENT_SECRET, Response
 
 _ISSUER = "https://id.example.com"
 _ACCESS_TOKEN = "eyJhbGciOiJSUzI1NiIsInR5cCI6ImF0K2p3dCJ9.EXAMPLE.EXAMPLE"
@@ -112,23 +112,3 @@ class Introspected(Response):
 
 class Revoked(Response):
     """Empty: the token is revoked or unknown."""
-
-
-class PublicKey(Response):
-    """A public key as a JWK (RFC 7517). Its members depend on `kty`."""
-
-    kty = fields.String(**doc("The key type.", JWK["kty"]))
-    kid = fields.String(**doc("The key's id.", KID))
-    alg = fields.String(**doc("The signature algorithm.", "ES256"))
-    use = fields.String(validate=Equal("sig"))
-    n = fields.String(**doc("The modulus of an RSA key.", optional=True))
-    e = fields.String(**doc("The exponent of an RSA key.", optional=True))
-    crv = fields.String(**doc("The curve.", JWK["crv"], optional=True))
-    x = fields.String(**doc("The x coordinate.", JWK["x"], optional=True))
-    y = fields.String(**doc("The y coordinate.", JWK["y"], optional=True))
-
-
-class KeySet(Response):
-    """The public keys of access tokens, past and next ones included."""
-
-    keys = fields.List(fields.Nested(PublicKey))

@@ -11,7 +11,7 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, pre_load, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from api import PublicKeys, StrictBoolean, StrictInteger, Text, Timestamp, audience, doc, no_repeats, scope
+from api import PublicKeys, StrictBoolean, Text, Timestamp, audience, doc, no_repeats, scope
 from config import DAY, VERSION
 from models import EVENT_GROUPS, EVENT_TYPES, is_active, now
 
@@ -86,10 +86,10 @@ class AgentFields(Schema):
     metadata = fields.Dict(
         keys=Text(max=64), values=Text(min=0, max=512, lines=True), validate=Length(max=32), **_METADATA
     )
-    token_ttl = StrictInteger(validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
-    rate_limit = StrictInteger(validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
+    token_ttl = fields.Integer(strict=True, validate=Range(1, DAY), allow_none=True, **_TOKEN_TTL)
+    rate_limit = fields.Integer(strict=True, validate=Range(1, 1_000_000), allow_none=True, **_RATE_LIMIT)
     require_client_auth_for_refresh = StrictBoolean(**_REFRESH_AUTH)
-    expires_in = StrictInteger(validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
+    expires_in = fields.Integer(strict=True, validate=Range(1, CENTURY), allow_none=True, **_EXPIRES_IN)
     jwks = PublicKeys(allow_none=True, **_JWKS)
 
 
@@ -180,7 +180,7 @@ class Rotate(Schema):
         "After a leak": {"revoke_tokens": True},
     }
 
-    grace_period = StrictInteger(load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
+    grace_period = fields.Integer(strict=True, load_default=0, validate=Range(0, DAY), **_GRACE_PERIOD)
     revoke_tokens = StrictBoolean(load_default=False, **_REVOKE_TOKENS)
 
 
@@ -197,7 +197,7 @@ class Action(Schema):
     }
 
     action = fields.String(required=True, validate=OneOf(["rotate", "deactivate", "reactivate"]))
-    grace_period = StrictInteger(validate=Range(0, DAY), **_GRACE_PERIOD)
+    grace_period = fields.Integer(strict=True, validate=Range(0, DAY), **_GRACE_PERIOD)
     revoke_tokens = StrictBoolean(**_REVOKE_TOKENS)
 
     @validates_schema
@@ -334,7 +334,7 @@ class WebhookCreate(Schema):
         validate=[Length(1, 32), no_repeats],
         **_SUBSCRIPTIONS,
     )
-    max_retries = StrictInteger(validate=Range(0, 9), **_MAX_RETRIES)
+    max_retries = fields.Integer(strict=True, validate=Range(0, 9), **_MAX_RETRIES)
 
 
 class WebhookUpdate(_Update, WebhookCreate):
@@ -350,8 +350,8 @@ class WebhookRotate(Schema):
 
     examples = {"At once": {"grace_period": 0}}
 
-    grace_period = StrictInteger(
-        load_default=DAY, validate=Range(0, 7 * DAY), **doc("Seconds that both secrets sign.")
+    grace_period = fields.Integer(
+        strict=True, load_default=DAY, validate=Range(0, 7 * DAY), **doc("Seconds that both secrets sign.")
     )
 
 

@@ -112,7 +112,8 @@ def test_a_failed_sign_in_is_an_event(client: FlaskClient, agent: dict[str, Any]
         {"credential": "operator", **once},
     ]
     assert {event["actor"] for event in log(client, "?type=auth.failed")} == {"anonymous"}
-    assert len(log(client, f"?agent_id={agent['agent']['id']}&type=auth.failed")) == 1
+    for name in (agent["agent"]["id"], agent["client_id"]):
+        assert len(log(client, f"?agent_id={name}&type=auth.failed")) == 1
 
 
 def test_further_failures_are_one_event_with_their_number(
