@@ -81,4 +81,5 @@ def whoami() -> str:
 
 
 if __name__ == "__main__":
-    server.run("streamable-http", port=urlsplit(URL).port or 80)
+    parts = urlsplit(URL)
+    server.run("streamable-http", port=parts.port or 80, streamable_http_path=parts.path or "/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +19,41 @@ import requests
 import sqlalchemy as sa
 from joserfc.jwk import ECKey, OKPKey
 from support.instances import engine_of
+from support.programs import NODE, needs_node
 from support.servers import Server, free_port, register, token_body
 
 from config import HERE
 
 EXAMPLES = HERE / "examples"
+# What version 1 of the MCP SDK calls the things that `mcp_client.mjs` imports from version 2.
+VERSION_1 = """
+import {
+  ClientCredentialsProvider, PrivateKeyJwtProvider
+} from '@modelcontextprotocol/sdk/client/auth-extensions.js'
+import { Client } from '@modelcontextprotocol/sdk/client/index.js'
+import { StreamableHTTPClientTransport } from '@modelcontextprotocol/sdk/client/streamableHttp.js'
+"""
+FASTMCP_CLIENT = """
+import asyncio
+import os
+import sys
+
+from fastmcp import Client
+from fastmcp.client.auth import ClientCredentialsOAuthProvider
+
+issuer, url = sys.argv[1:]
+auth = ClientCredentialsOAuthProvider(
+    client_id=os.environ["CLIENT_ID"], client_secret=os.environ["CLIENT_SECRET"], issuer=issuer
+)
+
+
+async def main():
+    async with Client(url, auth=auth) as client:
+        print((await client.call_tool("whoami")).data)
+
+
+asyncio.run(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +81,16 @@ def api(issuer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def mcp(issuer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of `mcp_server.py`, running."""
-    url = f"http://localhost:{free_port()}/mcp"
+    url = f"http://localhost:{free_port()}/tools/mcp"
     with running(tmp_path_factory.mktemp("mcp"), "mcp_server.py", issuer, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def fastmcp(issuer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of `fastmcp_server.py`, running; it has no path, which FastMCP spells as a slash."""
+    url = f"http://localhost:{free_port()}/"
+    with running(tmp_path_factory.mktemp("fastmcp"), "fastmcp_server.py", issuer, url):
         yield url
 
 
@@ -60,7 +99,8 @@ def running(folder: Path, name: str, issuer: str, url: str) -> Iterator[None]:
     """Run an example that serves `url` until the end of the block."""
     log = folder / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(command(name, issuer, url), stdout=file, stderr=subprocess.STDOUT)
+        env = {**os.environ, "SIGNING_ALGORITHM": "ES256"}
+        process = subprocess.Popen(command(name, issuer, url), stdout=file, stderr=subprocess.STDOUT, env=env)
     try:
         until = time.monotonic() + 20
         while not answers(url):
@@ -86,8 +126,25 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run an example to its end."""
+    return run_program(command(name, *arguments), **variables)
+
+
+@pytest.fixture(scope="module")
+def javascript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The MCP client in JavaScript beside what it imports, also with version 1 of the SDK."""
+    folder = tmp_path_factory.mktemp("javascript")
+    (folder / "node_modules").symlink_to(NODE / "node_modules")
+    text = (EXAMPLES / "mcp_client.mjs").read_text()
+    older, count = re.subn(r"import \{[^}]+\} from '@modelcontextprotocol/client'\n", VERSION_1, text)
+    assert count == 1
+    (folder / "2.mjs").write_text(text)
+    (folder / "1.mjs").write_text(older)
+    return folder
+
+
+def run_program(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **variables}
-    return subprocess.run(command(name, *arguments), env=env, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
 
 
 def credentials(agent: dict[str, Any]) -> dict[str, str]:
@@ -215,19 +272,74 @@ def test_an_mcp_client_fails_when_its_agent_may_not(
     assert error in done.stderr
 
 
-def test_the_mcp_server_refuses_as_rfc_6750_says(lanyard: Server, mcp: str) -> None:
-    agent = register(lanyard, audiences=[mcp])
-    for headers, refusal in (
-        ({}, (401, "invalid_token")),
-        ({"Authorization": "Bearer x.y.z"}, (401, "invalid_token")),
-        (bearer(lanyard, agent), (401, "invalid_token")),  # for Lanyard itself
-        (sign(lanyard, aud=mcp, typ="JWT"), (401, "invalid_token")),
-        (sign(lanyard, aud=mcp, exp=int(time.time()) - 31), (401, "invalid_token")),
-        (bearer(lanyard, agent, resource=mcp, scope="write"), (403, "insufficient_scope")),
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private key as `openssl ecparam` writes it."""
+    file = tmp_path_factory.mktemp("key") / "key.pem"
+    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(file)]
+    subprocess.run(make, check=True)
+    return file
+
+
+@needs_node
+@pytest.mark.parametrize("method", ["secret", "key"])
+@pytest.mark.parametrize(("version", "server"), [("2", "mcp"), ("1", "fastmcp")])
+def test_an_mcp_client_in_javascript_signs_in(
+    lanyard: Server,
+    issuer: str,
+    javascript: Path,
+    key_file: Path,
+    request: pytest.FixtureRequest,
+    version: str,
+    server: str,
+    method: str,
+) -> None:
+    url = request.getfixturevalue(server)
+    keys = {"keys": [ECKey.import_key(key_file.read_text()).as_dict(private=False)]}
+    agent = register(lanyard, audiences=[url.removesuffix("/")], jwks=keys)
+    program = ["node", str(javascript / f"{version}.mjs"), method, issuer, url]
+    done = run_program(program, **credentials(agent), PRIVATE_KEY=str(key_file))
+    assert done.returncode == 0, done.stderr
+    assert agent["client_id"] in done.stdout
+    assert counts(lanyard, agent) == (1, 0)
+
+
+def test_fastmcps_client_signs_in_by_secret(lanyard: Server, issuer: str, fastmcp: str) -> None:
+    agent = register(lanyard, audiences=[fastmcp.removesuffix("/")])
+    program = [sys.executable, "-W", "error", "-c", FASTMCP_CLIENT, issuer, fastmcp]
+    done = run_program(program, **credentials(agent))
+    assert (done.returncode, done.stdout) == (0, f"{agent['client_id']}\n"), done.stderr
+    assert counts(lanyard, agent) == (1, 0)
+
+
+@pytest.mark.parametrize("server", ["mcp", "fastmcp"])
+def test_the_mcp_servers_refuse_as_rfc_6750_says(
+    lanyard: Server, request: pytest.FixtureRequest, server: str
+) -> None:
+    url = request.getfixturevalue(server)
+    agent = register(lanyard, audiences=[url])
+    invalid = (401, 'error="invalid_token"')
+    for headers, (status, error) in (
+        ({}, (401, "Bearer ")),
+        ({"Authorization": "Bearer x.y.z"}, invalid),
+        (bearer(lanyard, agent), invalid),  # for Lanyard itself
+        (sign(lanyard, aud=url, typ="JWT"), invalid),
+        (sign(lanyard, aud=url, exp=int(time.time()) - 31), invalid),
+        (bearer(lanyard, agent, resource=url, scope="write"), (403, 'error="insufficient_scope"')),
     ):
-        answer = requests.post(mcp, json={}, headers=headers)
-        assert (answer.status_code, answer.json()["error"]) == refusal, headers
-        assert "/.well-known/oauth-protected-resource/mcp" in answer.headers["WWW-Authenticate"]
+        answer = requests.post(url, json={}, headers=headers)
+        challenge = answer.headers["WWW-Authenticate"]
+        assert (answer.status_code, error in challenge) == (status, True), (headers, challenge)
+        assert "/.well-known/oauth-protected-resource" in challenge
+
+
+@pytest.mark.parametrize(("server", "path"), [("api", "/reports"), ("mcp", ""), ("fastmcp", "")])
+def test_a_server_whose_clock_is_behind_accepts_a_fresh_token(
+    lanyard: Server, request: pytest.FixtureRequest, server: str, path: str
+) -> None:
+    url = request.getfixturevalue(server)
+    fresh = sign(lanyard, aud=url, iat=int(time.time()) + 5)
+    assert requests.get(f"{url}{path}", headers=fresh).status_code not in (401, 403)
 
 
 def test_the_receiver_takes_each_signed_event_once(lanyard: Server, tmp_path: Path) -> None:
