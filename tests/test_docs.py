@@ -259,6 +259,7 @@ def good(lanyard: Server, forge: Callable[..., str]) -> dict[str, str]:
         "as Lanyard made it": access_token(lanyard, register(lanyard)),
         "with a list of audiences": forge(aud=["http://localhost:1", issuer]),
         "expired by a clock that is ahead": forge(exp=int(time.time()) - 10),
+        "not issued yet by a clock that is behind": forge(iat=int(time.time()) + 5),
     }
 
 
