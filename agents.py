@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_w
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
+REFUSAL_PAUSE = 0.05  # seconds: many connections that ask again at once take no time from others
 ROTATIONS_A_MINUTE = 6  # by the agent itself: each costs a hash of tens of milliseconds
 _NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
 _NEEDS_KEYS = "This agent signs in by its keys: give it other keys, not none."
@@ -248,9 +250,14 @@ def rotate(
     """
     # One at a time for each agent: the others are refused before they cost a hash.
     with credentials.turn("rotate", agent_id):
-        with reading() as connection:
-            agent = g.agent if rotated_by == "self" else find(connection, agent_id)
-            _check_rotation(connection, agent, rotated_by)
+        try:
+            with reading() as connection:
+                agent = g.agent if rotated_by == "self" else find(connection, agent_id)
+                _check_rotation(connection, agent, rotated_by)
+        except Problem as problem:
+            if problem.status == 429:
+                time.sleep(REFUSAL_PAUSE)
+            raise
         # Before the transaction: bcrypt under the write lock would block every other writer.
         secret = credentials.new_client_secret(settings().bcrypt_cost)
         _rotate(agent_id, secret, rotated_by, grace_period, revoke_tokens)
