@@ -28,7 +28,7 @@ from api import Problem, canonical, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
 from models import Agent, RevokedToken, SigningKey, Timestamp, is_active, now
-from storage.files import copy_owner, whole_file
+from storage.files import copy_owner, make_folder, whole_file
 
 log = logging.getLogger("lanyard")
 
@@ -320,10 +320,11 @@ def ensure_admin_token(settings: Settings) -> None:
     if settings.admin_token:
         return
     path = admin_token_file(settings)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.exists():
+    make_folder(path.parent)
+    if not path.exists() and not path.is_symlink():
         write_admin_token(path)
-    path.chmod(0o600)
+    elif not path.is_symlink():  # the target is another program's to protect
+        path.chmod(0o600)
     read_admin_token(path)
 
 

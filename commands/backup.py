@@ -17,7 +17,7 @@ from config import Settings
 from database import error_text, stored_secrets
 from migrations import upgrade
 from models import NEWEST_KEY, Base, is_encrypted, now
-from storage.files import copy_owner, whole_file
+from storage.files import copy_owner, make_folder, whole_file
 from storage.sqlite import COMPANIONS, Progress, copy, files, no_server, read_only_engine
 
 
@@ -46,7 +46,7 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Path | Non
     """
     target = settings.database_file
     check_name(settings, file, overwrite=True)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(target.parent)
     try:
         # Locked to the end: a server that starts meanwhile waits for the restored database.
         with no_server(settings), usable_backup(settings, file) as source, written(target) as draft:

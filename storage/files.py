@@ -8,6 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder and its missing parents, with mode 0700 under any umask."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield an empty file of mode 0600 that durably replaces `file`, unless the block raises."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from flask import Flask
 
+from storage.files import make_folder
+
 if TYPE_CHECKING:
     from config import Settings
 
@@ -123,7 +125,7 @@ def mark_serving(app: Flask, settings: Settings) -> Callable[[], object]:
 
     The mark is a connection whose name shows that a server runs; the workers open theirs later.
     """
-    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(settings.instance)
     return session(settings, serving=True).close
 
 

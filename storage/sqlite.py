@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from flask import Flask
 from gevent import monkey
 
-from storage.files import copy_owner
+from storage.files import copy_owner, make_folder
 
 if TYPE_CHECKING:
     from config import Settings
@@ -171,7 +171,7 @@ def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
 @contextmanager
 def startup_lock(settings: Settings) -> Iterator[None]:
     """Hold a lock under which one process at a time opens the database and changes its schema."""
-    settings.database_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(settings.database_file.parent)
     with open(_lock(settings, "lock", fcntl.LOCK_EX)):
         yield
 

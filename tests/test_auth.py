@@ -104,6 +104,22 @@ def test_a_kept_admin_token_is_tightened_to_its_owner(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "admin_token").stat().st_mode) == 0o600
 
 
+def test_a_linked_admin_token_keeps_the_mode_of_its_target(tmp_path: Path) -> None:
+    target, instance = tmp_path / "managed", tmp_path / "instance"
+    target.write_text("a-token-the-operator-wrote\n")
+    target.chmod(0o640)
+    instance.mkdir()
+    (instance / "admin_token").symlink_to(target)
+    app = create_app(settings_for(instance, ADMIN_TOKEN=""), serving=True)
+    headers = {"Authorization": "Bearer a-token-the-operator-wrote"}
+    assert app.test_client().get("/api/agents", headers=headers).status_code == 200
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    target.unlink()
+    with pytest.raises(SettingError, match="admin_token"):
+        create_app(settings_for(instance, ADMIN_TOKEN=""), serving=True)
+    assert (instance / "admin_token").is_symlink(), "no other token takes its place"
+
+
 @pytest.mark.parametrize("text", ["", "\n", "short", "sixteen chars and spaces"])
 def test_a_kept_admin_token_that_is_no_good_stops_the_start(tmp_path: Path, text: str) -> None:
     (tmp_path / "admin_token").write_text(text)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from config import HERE
 from database import is_transient, reading, writing
 from models import Agent, SigningKey, db
 from storage import postgresql, sqlite
+from storage.files import make_folder
 
 
 def pragma(name: str) -> Any:
@@ -238,18 +240,35 @@ def test_the_number_of_a_deleted_agent_is_never_given_again(app: Flask, operator
     assert pks[1] > pks[0]
 
 
+@contextmanager
+def masked(umask: int) -> Iterator[None]:
+    before = os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def test_a_strict_umask_leaves_folders_usable(tmp_path: Path) -> None:
+    with masked(0o777):
+        make_folder(tmp_path / "made" / "by lanyard")
+    made = (tmp_path / "made", tmp_path / "made" / "by lanyard")
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700, 0o700]
+
+
 @pytest.mark.sqlite
-def test_the_files_are_their_owners_only(tmp_path: Path) -> None:
-    os.umask(0o022)
+@pytest.mark.parametrize("umask", [0o000, 0o022], ids=oct)
+def test_the_files_and_folders_are_their_owners_only(tmp_path: Path, umask: int) -> None:
     folder = tmp_path / "made" / "by lanyard"
-    app = create_app(settings_for(folder), serving=True)
+    with masked(umask):
+        app = create_app(settings_for(folder), serving=True)
     with app.app_context():
         pragma("user_version")
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    files = {"lanyard.db", "lanyard.db-wal", "lanyard.db-shm", "lanyard.db.lock", "lanyard.db.serving"}
-    assert set(modes) == files | {"serving.json"}
+    endings = {"", "-wal", "-shm", ".lock", ".serving"}
+    assert set(modes) == {f"lanyard.db{ending}" for ending in endings} | {"serving.json"}
     assert set(modes.values()) == {0o600}
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (folder, folder.parent)] == [0o700, 0o700]
 
 
 def test_no_secret_or_token_is_in_the_files_in_clear(
