@@ -380,8 +380,8 @@ def _add_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> Non
 
 
 def _end_tokens(connection: sa.Connection, agent: Any) -> None:
+    # The rows of its refresh tokens, of which there may be thousands, are left to the clean-up.
     _set(connection, agent, token_version=Agent.token_version + 1)
-    connection.execute(sa.delete(RefreshFamily).where(RefreshFamily.agent_pk == agent.pk))
 
 
 def _filters(query: dict[str, Any]) -> list[sa.ColumnElement[bool]]:

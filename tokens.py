@@ -62,7 +62,7 @@ _BY_FAMILY = (
         *COLUMNS, *(column.label(f"family_{column.name}") for column in RefreshFamily.__table__.columns)
     )
     .join(Agent, Agent.pk == RefreshFamily.agent_pk)
-    .where(RefreshFamily.id == bindparam("family"))
+    .where(RefreshFamily.id == bindparam("family"), RefreshFamily.token_version == Agent.token_version)
 )
 # The columns to set are those of the parameters.
 _NEXT_TOKEN = sa.update(RefreshFamily).where(
@@ -162,7 +162,7 @@ def use_refresh_token(text: str, is_authenticated: bool) -> Client:
         raise AuthenticationFailed(_NEEDS_CREDENTIALS, reason="malformed")
     if client is not None and not _is_newest(client, text):
         _end_reused_family(client)
-    if client is None or not _is_usable(client):
+    if client is None or not is_active(client.row, client.now):
         raise _invalid_refresh_token()
     return client
 
@@ -170,7 +170,7 @@ def use_refresh_token(text: str, is_authenticated: bool) -> Client:
 def inspect_refresh_token(text: str) -> Client | None:
     """Return the client of a family's newest refresh token, or None; change nothing."""
     client = find_by_refresh_token(text)
-    return client if client and _is_newest(client, text) and _is_usable(client) else None
+    return client if client and _is_newest(client, text) and is_active(client.row, client.now) else None
 
 
 def find_by_refresh_token(text: str) -> Client | None:
@@ -185,10 +185,6 @@ def find_by_refresh_token(text: str) -> Client | None:
 
 def _is_newest(client: Client, text: str) -> bool:
     return hmac.compare_digest(client.row.family_token_hash, credentials.digest(text))
-
-
-def _is_usable(client: Client) -> bool:
-    return is_active(client.row, client.now) and client.row.token_version == client.row.family_token_version
 
 
 def rotate_family(client: Client, token: dict[str, Any]) -> None:

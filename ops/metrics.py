@@ -91,7 +91,7 @@ class _Database(Collector):
 
 def _row_counts(connection: sa.Connection) -> Iterator[Metric]:
     yield _gauge("lanyard_agents", "Registered agents.", "state", _agents(connection))
-    text = "Grants whose refresh token works."
+    text = "Grants whose refresh token has not expired."
     yield GaugeMetricFamily("lanyard_refresh_token_families", text, _families(connection))
     text = "Webhook deliveries still to be made, those of disabled webhooks included."
     yield _gauge("lanyard_webhook_deliveries_waiting", text, "status", _deliveries(connection))
