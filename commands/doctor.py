@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,8 +67,9 @@ def _settings_of_server() -> Settings:
     return replace(settings, **{name: value for name, value in settings.noted().items() if name in NOTED})
 
 
-def _run(checks: Mapping[str, Callable[..., Results]], *arguments: object) -> Iterator[Finding]:
-    for subject, check in checks.items():
+def _run(checks: Iterable[Callable[..., Results]], *arguments: object) -> Iterator[Finding]:
+    for check in checks:
+        subject = check.__name__.removeprefix("_check_").replace("_", " ")
         for level, text in check(*arguments):
             yield Finding(level, subject, text)
 
@@ -103,6 +104,7 @@ def _check_settings(settings: Settings) -> Results:
         required = {"LANYARD_ADMIN_TOKEN": bool(settings.admin_token), "LANYARD_ISSUER": not is_local}
         found += [f"{name} must be set, to the same on all hosts." for name in required if not required[name]]
     yield from _problems(WARN, found, "They are consistent.")
+    yield OK, f"Tokens name {settings.issuer}."
 
 
 def _check_server(settings: Settings) -> Results:
@@ -112,7 +114,7 @@ def _check_server(settings: Settings) -> Results:
         yield WARN, f"Cannot tell whether a server runs: {error}."
 
 
-def _check_folders(settings: Settings) -> Results:
+def _check_folder(settings: Settings) -> Results:
     for folder in {settings.instance, *([settings.database_file.parent] if settings.uses_sqlite else [])}:
         if not folder.is_dir():
             yield FAIL, f"There is no {folder}: start the server, or set LANYARD_INSTANCE."
@@ -330,22 +332,7 @@ def _check_webhooks(connection: sa.Connection, settings: Settings) -> Results:
     yield from _problems(WARN, found, f"{len(webhooks)}, all without problems.")
 
 
-CHECKS = {
-    "settings": _check_settings,
-    "issuer": lambda settings: [(OK, f"Tokens name {settings.issuer}.")],
-    "folder": _check_folders,
-    "files": _check_files,
-    "admin token": _check_admin_token,
-}
-SQLITE_CHECKS = {"server": _check_server, "disk": _check_disk, "wal": _check_wal}
-POSTGRESQL_CHECKS = {
-    "server": _check_hosts,
-    "durability": _check_durability,
-    "connections": _check_connections,
-}
-ROW_CHECKS = {
-    "clock": _check_clock,
-    "keys": _check_keys,
-    "secrets": _check_secrets,
-    "webhooks": _check_webhooks,
-}
+CHECKS = (_check_settings, _check_folder, _check_files, _check_admin_token)
+SQLITE_CHECKS = (_check_server, _check_disk, _check_wal)
+POSTGRESQL_CHECKS = (_check_hosts, _check_durability, _check_connections)
+ROW_CHECKS = (_check_clock, _check_keys, _check_secrets, _check_webhooks)

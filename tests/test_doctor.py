@@ -49,7 +49,7 @@ def test_a_sound_instance_passes_all_checks(make_app: Callable[..., Flask], tmp_
     make_app(SECRET_KEY=KEY)
     findings = list(doctor.examine(settings_for(tmp_path / "instance", SECRET_KEY=KEY)))
     assert {one.subject for one in findings} == {
-        "settings", "issuer", "server", "folder", "files", "admin token", "disk", "wal", "database", "clock",
+        "settings", "server", "folder", "files", "admin token", "disk", "wal", "database", "clock",
         "keys", "secrets", "webhooks",
     }  # fmt: skip
     assert [one for one in findings if one.level != OK] == []

@@ -372,7 +372,7 @@ def test_the_doctor_names_shared_settings_and_running_hosts(app: Flask, tmp_path
     warned = [one.text for one in findings if (one.level, one.subject) == (doctor.WARN, "settings")]
     assert [text.split()[0] for text in warned[-2:]] == ["LANYARD_ADMIN_TOKEN", "LANYARD_ISSUER"]
     told = {one.subject: one.text for one in findings}
-    assert told["server"] == "Servers run on: its own machine."
+    assert told["hosts"] == "Servers run on: its own machine."
     assert told["durability"].startswith("full_page_writes is off"), "as the tests' PostgreSQL has it"
 
 
