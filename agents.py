@@ -146,7 +146,7 @@ def list_secrets(agent_id: str) -> dict[str, Any]:
 @management.response(204)
 def delete_secret(agent_id: str, secret_id: str) -> None:
     """Delete a client secret at once, and end the refresh tokens that it was used for."""
-    with _changing(agent_id) as (connection, agent):
+    with _changing(agent_id, reserve=1) as (connection, agent):
         deleted = sa.delete(ClientSecret).where(*_valid_secrets(agent), ClientSecret.id == secret_id)
         hint = connection.scalar(deleted.returning(ClientSecret.hint))
         if hint is None:
@@ -267,7 +267,7 @@ def rotate(
 def _rotate(
     agent_id: str, secret: credentials.NewSecret, rotated_by: str, grace_period: int, revoke_tokens: bool
 ) -> None:
-    with _changing(agent_id) as (connection, agent):
+    with _changing(agent_id, reserve=1 if revoke_tokens else None) as (connection, agent):
         _check_rotation(connection, agent, rotated_by)
         _end_secrets(connection, agent, grace_period)
         _add_secret(connection, agent, secret)
@@ -298,7 +298,7 @@ def _check_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> N
 
 def deactivate(agent_id: str) -> dict[str, Any]:
     """Deactivate an agent and end its tokens."""
-    with _changing(agent_id) as (connection, agent):
+    with _changing(agent_id, reserve=1) as (connection, agent):
         if agent.is_active:
             _end_tokens(connection, agent)
             agent = _set(connection, agent, is_active=False, updated_at=now())
@@ -322,15 +322,15 @@ def reactivate(agent_id: str) -> dict[str, Any]:
 
 def delete(agent_id: str) -> None:
     """Delete an agent and all its tokens."""
-    with _changing(agent_id) as (connection, agent):
+    with _changing(agent_id, reserve=1) as (connection, agent):
         events.record(connection, "agent.deleted", agent)
         connection.execute(sa.delete(Agent).where(Agent.pk == agent.pk))
 
 
 @contextmanager
-def _changing(agent_id: str) -> Iterator[tuple[sa.Connection, Any]]:
+def _changing(agent_id: str, *, reserve: float | None = None) -> Iterator[tuple[sa.Connection, Any]]:
     """Begin a write transaction and read the agent in it."""
-    with writing() as connection:
+    with writing(reserve=reserve) as connection:
         # The calling agent may have been deactivated, or its token revoked, while it waited for the lock.
         if has_request_context() and request.blueprint == self_service.name:
             g.guard()

@@ -148,10 +148,12 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     if serving:
         auth.ensure_admin_token(settings)
-        with whole_file(settings.note) as draft:
-            draft.write_text(json.dumps(settings.to_note()))
-            copy_owner(settings.instance, draft)
-    with database.writing() as connection:
+        if settings.noted() != settings.to_note():  # a full disk stops no start
+            with whole_file(settings.note) as draft:
+                draft.write_text(json.dumps(settings.to_note()))
+                copy_owner(settings.instance, draft)
+    # A command that ends access must start on a full disk.
+    with database.writing(reserve=0) as connection:
         keys.ensure_signing_key(connection, follow_setting=serving)
         outdated = database.outdated_secrets(connection)
         # A second running server may lack the newest encryption key.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +54,9 @@ def reading() -> Iterator[sa.Connection]:
 
 
 @contextmanager
-def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = True) -> Iterator[sa.Connection]:
+def writing(
+    *, durable: bool = True, patient: bool = True, exclusive: bool = True, reserve: float | None = None
+) -> Iterator[sa.Connection]:
     """Run one write transaction: COMMIT at the end of the block, ROLLBACK on any exception.
 
     On SQLite no two overlap. On PostgreSQL those that are not exclusive run concurrently: each of their
@@ -62,6 +65,8 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
     :param durable: wait for the disk at the commit; without, a power cut may undo it.
     :param patient: wait five seconds for the write lock, instead of a quarter of a second.
     :param exclusive: exclude every other write transaction.
+    :param reserve: the share of the disk's reserve that may be used on a full disk (SQLite): 1 to end access,
+        0.5 to end what an agent may have many of, 0 to write nothing. While any is used, others are refused.
     :raises DBAPIError: when the lock is not free in time.
     :raises RuntimeError: inside another `writing`, whose lock it would wait for in vain.
     """
@@ -78,11 +83,24 @@ def writing(*, durable: bool = True, patient: bool = True, exclusive: bool = Tru
                 _lock_timed_out.set()
             raise
         _lock_timed_out.clear()
+        if settings().uses_sqlite:
+            sqlite.claim_room(settings(), reserve)
         g.writing = connection
         try:
             yield connection
         finally:
             del g.writing
+
+
+def keep_reserve() -> bool:
+    """Make the reserve of a SQLite database unless it is whole; return whether it is now."""
+    if not settings().uses_sqlite or sqlite.reserve_size(settings()) == sqlite.RESERVE:
+        return True
+    # Under the lock: an attempt takes the room of all others for a moment.
+    with writing(durable=False, reserve=0), suppress(OSError):
+        sqlite.make_reserve(settings())
+        return True
+    return False
 
 
 def newest_page(
@@ -133,6 +151,10 @@ def init_database(app: Flask, settings: Settings, *, serving: bool, prepare: Cal
             if settings.uses_sqlite:
                 sqlite.open_database(settings)
             prepare(is_first)
+            if serving and not keep_reserve():
+                logging.getLogger("lanyard").warning(
+                    "There is no reserve for a full disk: see ./lanyard doctor."
+                )
         # gunicorn forks after this: no connection may be shared with a child process.
         db.engine.dispose()
 

@@ -197,6 +197,11 @@ def rotate_key(fields: dict[str, Any]) -> dict[str, Any]:
 
     The key is published first and signs once every verifier can know it. With `now` it signs at once.
     """
-    with writing() as connection:
-        rotate(connection, at_once=fields["now"])
+    return publish_key(at_once=fields["now"])
+
+
+def publish_key(*, at_once: bool) -> dict[str, Any]:
+    """Rotate, and return the new key as `schemas.KeyResponse` dumps it."""
+    with writing(reserve=1 if at_once else None) as connection:
+        rotate(connection, at_once=at_once)
         return {"key": list_keys(connection)[0]}

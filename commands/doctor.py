@@ -168,6 +168,11 @@ def _check_disk(settings: Settings) -> Results:
         yield WARN, f"{text}: a backup or a VACUUM may not fit."
     else:
         yield OK, f"{text}."
+    reserve, needed = sqlite.reserve_size(settings), _megabytes(2 * sqlite.RESERVE)
+    if reserve is None:
+        yield WARN, f"No reserve lets access be ended on a full disk: a server makes one with {needed} free."
+    elif reserve < sqlite.RESERVE:
+        yield FAIL, f"The disk was full, and the reserve is used: no token until {needed} are free."
 
 
 def _check_wal(settings: Settings) -> Results:

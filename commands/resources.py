@@ -23,7 +23,7 @@ import schemas
 from api import Problem, parse_json
 from commands import output
 from commands.output import as_json
-from database import error_text, is_transient, reading, writing
+from database import error_text, is_transient, reading
 from models import Agent, Event
 from webhooks import routes as webhooks
 
@@ -230,9 +230,7 @@ def list_keys(as_json: bool) -> None:
 @as_json
 def rotate_key(now: bool, as_json: bool) -> None:
     """Publish a new key, which signs once every verifier has it; after a leak, use --now."""
-    with writing() as connection:
-        keys.rotate(connection, at_once=now)
-        document = schemas.KeyResponse().dump({"key": keys.list_keys(connection)[0]})
+    document = schemas.KeyResponse().dump(keys.publish_key(at_once=now))
     if as_json:
         output.show_json(document)
     else:

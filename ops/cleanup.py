@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import events
 from config import settings
-from database import is_transient, reading, writing
+from database import is_transient, keep_reserve, reading, writing
 from models import Base, Event, Webhook, now
 
 log = logging.getLogger("lanyard")
@@ -43,6 +43,7 @@ def init_app(app: Flask) -> None:
         more = False
         try:
             with app.app_context():
+                keep_reserve()
                 more = delete_batch()
         except SQLAlchemyError as error:
             if not is_transient(error):
@@ -52,7 +53,8 @@ def init_app(app: Flask) -> None:
 
     def after_request(response: Response) -> Response:
         nonlocal next_run
-        if time.monotonic() >= next_run:
+        # After a refusal soon: the reserve may be missing though there is room again.
+        if time.monotonic() >= next_run - (INTERVAL - 1 if response.status_code == 503 else 0):
             # Not for ever: a server may drop a response without closing it.
             next_run = time.monotonic() + 6 * INTERVAL
             response.call_on_close(run)

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from flask import Flask
 from gevent import monkey
 
-from storage.files import copy_owner, make_folder
+from storage.files import copy_owner, make_folder, whole_file
 
 if TYPE_CHECKING:
     from config import Settings
@@ -38,7 +38,10 @@ CHECKPOINT = 4000  # pages (16 MB) that the WAL grows to before a checkpoint, wh
 NATIVE_SLEEP = 0.005  # seconds a request that waits for the lock keeps the process to itself
 SHORTEST_SLEEP = 0.0001  # seconds
 LONGEST_SLEEP = 0.001  # seconds; unbounded, long waiters would poll less often than newcomers, and starve
+PAGE_SIZE = 4096  # bytes, SQLite's default
 PAGES = 1024  # copied at a time, in some milliseconds
+RESERVE = 8 * 1024**2  # bytes of the disk that are kept for transactions that end access
+ROOM = 256 * 1024  # bytes, several times what a token needs
 
 _native_sleep = monkey.get_original("time", "sleep")
 
@@ -162,6 +165,60 @@ def is_transient(error: Any) -> bool:
     return isinstance(error, sqlite3.OperationalError) and bool(_TRANSIENT.match(error.sqlite_errorname))
 
 
+def reserve_size(settings: Settings) -> int | None:
+    """Return the size of the reserve, less than RESERVE after a part was freed; None if there is none."""
+    file = Path(f"{settings.database_file}.reserve")
+    return file.stat().st_size if file.exists() else None
+
+
+def make_reserve(settings: Settings) -> None:
+    """Allocate the reserve, a file whose blocks are freed on a full disk.
+
+    :raises OSError: when less than twice its size is free: others need room too.
+    """
+    check_room(settings, 2 * RESERVE)
+    with whole_file(Path(f"{settings.database_file}.reserve")) as draft, draft.open("r+b") as file:
+        copy_owner(settings.database_file, draft)
+        os.posix_fallocate(file.fileno(), 0, RESERVE)
+
+
+def claim_room(settings: Settings, share: float | None) -> None:
+    """On a full disk free a share of the reserve; see `database.writing`. The caller has the write lock.
+
+    :raises sa.exc.OperationalError: SQLITE_FULL, without a share while a part of the reserve is freed.
+    """
+    size = reserve_size(settings)
+    if share is None:
+        if size is not None and size < RESERVE:
+            error = sqlite3.OperationalError("the disk was full, and what is left is kept for ending access")
+            error.sqlite_errorname = "SQLITE_FULL"
+            raise sa.exc.OperationalError("BEGIN", None, error)
+        return
+    try:
+        check_room(settings, RESERVE)
+    except OSError:
+        left = int(RESERVE * (1 - share))
+        if size is not None and size > left:
+            os.truncate(f"{settings.database_file}.reserve", left)
+        # The next transaction overwrites the WAL instead of adding to it, if the database has room to grow.
+        with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(settings.database_file)) as other:
+            (pages,) = other.execute("PRAGMA page_count").fetchone()
+            check_room(settings, pages * PAGE_SIZE - settings.database_file.stat().st_size + ROOM)
+            other.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def check_room(settings: Settings, size: int = ROOM) -> None:
+    """Check that so many bytes are free, by adding them to a lock file for a moment: quotas count too.
+
+    :raises OSError: when they are not.
+    """
+    with open(f"{settings.database_file}.lock", "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            file.truncate(0)
+
+
 def sizes(settings: Settings, connection: sa.Connection) -> dict[str, int]:
     """Return the sizes of the database's files in bytes."""
     files = {"main": str(settings.database_file), "wal": f"{settings.database_file}-wal"}
@@ -233,7 +290,7 @@ class Lease:
 
 def files(settings: Settings) -> list[Path]:
     """Return the database file, SQLite's files beside it, and the lock files, whether they exist or not."""
-    endings = ("", *COMPANIONS, ".lock", ".serving", ".deliverer")
+    endings = ("", *COMPANIONS, ".lock", ".serving", ".deliverer", ".reserve")
     return [Path(f"{settings.database_file}{ending}") for ending in endings]
 
 

@@ -27,6 +27,7 @@ from werkzeug.routing import Rule
 import models
 from app import create_app
 from migrations import upgrade
+from storage import sqlite
 
 # `make test` tries the same few examples each time; HYPOTHESIS_PROFILE=long looks for new ones.
 _EXAMPLES: dict[str, Any] = {
@@ -41,6 +42,9 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.register_profile("long", max_examples=40, stateful_step_count=40, **_EXAMPLES)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+# Of the apps in this process, hundreds of which leave their folders; servers keep the real size.
+sqlite.RESERVE = 64 * 1024
 
 
 def pytest_xdist_auto_num_workers() -> int:

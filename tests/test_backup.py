@@ -226,6 +226,7 @@ def test_a_backup_is_not_written_over(instance: Path, copy: Path) -> None:
         "lanyard.db.lock",
         "lanyard.db.serving",
         "lanyard.db.deliverer",
+        "lanyard.db.reserve",
     ],
 )
 def test_a_backup_never_overwrites_the_database(instance: Path, name: str) -> None:

@@ -265,7 +265,7 @@ def test_the_files_and_folders_are_their_owners_only(tmp_path: Path, umask: int)
     with app.app_context():
         pragma("user_version")
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    endings = {"", "-wal", "-shm", ".lock", ".serving"}
+    endings = {"", "-wal", "-shm", ".lock", ".serving", ".reserve"}
     assert set(modes) == {f"lanyard.db{ending}" for ending in endings} | {"serving.json"}
     assert set(modes.values()) == {0o600}
     assert [stat.S_IMODE(one.stat().st_mode) for one in (folder, folder.parent)] == [0o700, 0o700]

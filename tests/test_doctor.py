@@ -136,6 +136,15 @@ def test_little_space_on_the_disk_is_a_warning(
 
 
 @pytest.mark.sqlite
+def test_a_reserve_that_is_missing_or_used_is_named(folder: Path) -> None:
+    assert "reserve" not in found(folder, WARN, "disk")
+    os.truncate(folder / "lanyard.db.reserve", 0)
+    assert "no token until" in found(folder, FAIL, "disk")
+    (folder / "lanyard.db.reserve").unlink()
+    assert "No reserve lets" in found(folder, WARN, "disk")
+
+
+@pytest.mark.sqlite
 def test_a_large_wal_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LARGE_WAL", -1)
     assert "restart the server" in found(folder, WARN, "wal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,8 +12,18 @@ import faults
 import floods
 import pytest
 import scenes
+import sqlalchemy as sa
+from flask import Flask
 from scenes import Scene, Stage
 from server import Server
+from support.callers import OPERATOR, Operator, ask_refresh, ask_token, bearer
+from support.instances import close, settings_for
+
+from app import create_app
+from database import writing
+from models import RefreshFamily
+from ops import cleanup
+from storage import sqlite
 
 pytestmark = pytest.mark.sqlite
 
@@ -32,10 +43,24 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A server whose instance is on a disk of its own."""
     folder = tmp_path_factory.mktemp("small")
     try:
-        with faults.small_disk(folder / "disk", "8m") as disk:
+        with faults.small_disk(folder / "disk") as disk:
             server = Server(folder, disk).start()
             yield Stage(server.wait(), CLIENTS)
             server.stop()
+    except faults.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
+    """An app whose instance is on a disk of its own, and that cleans up after every response."""
+    monkeypatch.setattr(cleanup, "INTERVAL", 0)
+    monkeypatch.setattr(sqlite, "RESERVE", 1024**2)
+    try:
+        with faults.small_disk(tmp_path / "disk", "8m") as disk:
+            made = create_app(settings_for(disk), serving=True)
+            yield made
+            close(made)
     except faults.Unavailable as reason:
         pytest.skip(str(reason))
 
@@ -78,6 +103,84 @@ def test_acknowledged_changes_survive_read_only_files(stage: Stage) -> None:
 
 def test_acknowledged_changes_survive_a_full_disk(small_disk: Stage) -> None:
     check(scenes.full_disk(small_disk, times=1, seconds=1.5))
+
+
+def test_access_can_be_ended_on_a_full_disk(small_disk: Stage) -> None:
+    check(scenes.kill_switch(small_disk, times=1, seconds=0.5))
+
+
+def test_while_the_reserve_is_used_only_access_is_ended(app: Flask, tmp_path: Path) -> None:
+    operator, client = Operator(app), app.test_client()
+    agents = [operator.create() for _ in range(4)]
+    token = ask_token(client, agents[0]).json or {}
+    with faults.full(tmp_path / "disk"):
+        assert operator.act(agents[1], "deactivate").status_code == 200
+        assert ask_token(client, agents[0]).status_code == 503
+        assert ask_refresh(client, token["refresh_token"]).status_code == 503
+        assert operator.call("POST", json={"name": "x"}).status_code == 503
+        assert operator.act(agents[0], "rotate").status_code == 503
+        assert client.post("/api/keys/rotate", headers=OPERATOR).status_code == 503
+        assert operator.act(agents[0], "rotate", revoke_tokens=True).status_code == 200
+        assert operator.call("DELETE", f"/{agents[2]['agent']['id']}").status_code == 204
+        assert client.get("/api/agents/me", headers=bearer(token)).status_code == 401
+    client.get("/health").close()
+    assert ask_token(client, agents[3]).status_code == 200
+
+
+def test_agents_leave_the_operator_half_of_the_reserve(app: Flask, tmp_path: Path) -> None:
+    operator, client = Operator(app), app.test_client()
+    agent = operator.create()
+    tokens = [ask_token(client, agent).json or {} for _ in range(3)]
+    left = (tmp_path / "disk" / "lanyard.db.reserve").stat
+    with faults.full(tmp_path / "disk"):
+        for token in tokens:
+            body = {"token": token["access_token"]}
+            assert client.post("/oauth/revoke", json=body, headers=bearer(token)).status_code == 200
+            assert left().st_size == sqlite.RESERVE // 2
+        assert operator.act(agent, "deactivate").status_code == 200
+        assert left().st_size == 0
+    client.get("/health").close()
+    assert left().st_size == sqlite.RESERVE
+    assert left().st_blocks * 512 == sqlite.RESERVE
+
+
+def test_an_agent_with_thousands_of_refresh_tokens_fits_the_reserve(app: Flask, tmp_path: Path) -> None:
+    operator, client = Operator(app), app.test_client()
+    agent = operator.create()
+    token = ask_token(client, agent).json or {}
+    with app.app_context(), writing() as connection:
+        grant = connection.execute(sa.select(RefreshFamily)).one()._asdict()
+        grants = [{**grant, "id": secrets.token_urlsafe(16)} for _ in range(6000)]
+        connection.execute(sa.insert(RefreshFamily), grants)
+    with faults.full(tmp_path / "disk"):
+        assert operator.act(agent, "deactivate").status_code == 200
+        assert ask_refresh(client, token["refresh_token"]).status_code == 400
+    client.get("/health").close()
+    assert operator.act(agent, "reactivate").status_code == 200
+    assert ask_refresh(client, token["refresh_token"]).status_code == 400
+
+
+def test_a_server_restarts_on_a_full_disk_and_ends_access(app: Flask, tmp_path: Path) -> None:
+    agent = Operator(app).create()
+    with faults.full(tmp_path / "disk"):
+        again = create_app(settings_for(tmp_path / "disk"), serving=True)
+        assert Operator(again).act(agent, "deactivate").status_code == 200
+        close(again)
+        again = create_app(settings_for(tmp_path / "disk"), serving=True)
+        assert Operator(again).call("DELETE", f"/{agent['agent']['id']}").status_code == 204
+        close(again)
+
+
+def test_a_start_without_room_for_a_reserve_warns(
+    app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "reserve" not in caplog.text
+    monkeypatch.setattr(sqlite, "RESERVE", 64 * 1024**2)
+    (tmp_path / "disk" / "lanyard.db.reserve").unlink()
+    again = create_app(settings_for(tmp_path / "disk"), serving=True)
+    assert "There is no reserve for a full disk" in caplog.text
+    assert Operator(again).call("POST", json={"name": "x"}).status_code == 201
+    close(again)
 
 
 @pytest.mark.parametrize("damage", faults.DAMAGES)

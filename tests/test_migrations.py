@@ -208,7 +208,7 @@ def test_without_a_copy_there_is_no_upgrade(old: Path, next_release: Callable[[s
 def test_a_new_database_needs_no_copy(tmp_path: Path) -> None:
     start(tmp_path / "lanyard.db")
     names = {path.name.removeprefix("lanyard.db") for path in tmp_path.iterdir()}
-    assert names == {"", ".lock", ".serving"}
+    assert names == {"", ".lock", ".serving", ".reserve", "serving.json"}
 
 
 @pytest.mark.parametrize(

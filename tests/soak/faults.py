@@ -17,7 +17,7 @@ class Unavailable(Exception):
 
 
 @contextmanager
-def small_disk(folder: Path, size: str = "24m") -> Iterator[Path]:
+def small_disk(folder: Path, size: str = "64m") -> Iterator[Path]:
     """A file system of its own at `folder`.
 
     :raises Unavailable: without the right to mount.

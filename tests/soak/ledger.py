@@ -197,9 +197,11 @@ class Change:
             agent.dead_tokens = [*agent.dead_tokens, agent.refresh][-REMEMBERED:]
             agent.access, agent.refresh = answer["access_token"], answer["refresh_token"]
 
-    def rotate(self, agent: Agent) -> None:
+    def rotate(self, agent: Agent, *, revoke_tokens: bool = False) -> None:
         """A new secret."""
-        answer = self._change(agent, "rotate", "POST", f"{agent.path}/rotate", "200", headers=OPERATOR)
+        body = {"revoke_tokens": revoke_tokens}
+        path = f"{agent.path}/rotate"
+        answer = self._change(agent, "rotate", "POST", path, "200", json=body, headers=OPERATOR)
         if answer:
             agent.dead_secrets = [*agent.dead_secrets, agent.secret][-REMEMBERED:]
             agent.secret = answer["client_secret"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import faults
+from ending import COMMANDS, KEY_ROTATIONS, OVER_HTTP, Ending
 from joserfc import jwt
 from joserfc.jwk import ECKey
 from ledger import CUT, HALF, OPERATOR, Audit, Caller, Change, Ledger, Tally
@@ -148,6 +149,34 @@ def full_disk(stage: Stage, times: int, seconds: float) -> Scene:
     with stage.scene("full disk", times) as scene:
         for _ in range(times):
             _broken(stage, scene, seconds, lambda: faults.full(stage.server.instance))
+    return scene
+
+
+def kill_switch(stage: Stage, times: int, seconds: float) -> Scene:
+    """Access is ended in every way on a full disk while tokens are asked for, which wait for room."""
+    with stage.scene("kill switch on a full disk", times) as scene:
+        caller = Caller(stage.server, scene.tally)
+        ending = Ending(Change(stage.ledger, caller))
+        whole = stage.server.reserve.stat().st_size
+        for _ in range(times):
+            with stage.load(scene):
+                time.sleep(seconds)
+            agents = {way: ending.new_agent() for way in (*OVER_HTTP, *COMMANDS)}
+            waiting = ending.new_agent()
+            with faults.full(stage.server.instance):
+                with stage.load(scene):
+                    time.sleep(seconds)
+                    for way in OVER_HTTP:
+                        ending.end(way, agents[way])
+                    ending.must_be_refused(waiting)
+                for way in COMMANDS:
+                    ending.end(way, agents[way])
+                for way in KEY_ROTATIONS:
+                    ending.rotate_key(way)
+            stage.must_write(scene)
+            if stage.server.reserve.stat().st_size != whole:
+                scene.tally.violation("the reserve was not made again")
+        caller.session.close()
     return scene
 
 

@@ -25,6 +25,7 @@ class Server:
     def __init__(self, folder: Path, instance: Path | None = None) -> None:
         self.instance = instance or folder / "instance"
         self.database = self.instance / "lanyard.db"
+        self.reserve = self.instance / "lanyard.db.reserve"
         self.log = folder / "server.log"
         self.clock = folder / "clock"
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -38,12 +39,19 @@ class Server:
         env = {name: value for name, value in os.environ.items() if not name.startswith("LANYARD_")}
         env |= {f"LANYARD_{name}": value for name, value in mine.items()}
         env |= {"PYTHONPATH": str(HERE / "clock"), "SOAK_CLOCK": str(self.clock)}
+        self._env = env
         command = [sys.executable, "-m", "gunicorn", "wsgi:app"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, cwd=HERE.parents[1], env=env, stdout=log, stderr=log, start_new_session=True
             )
         return self
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run ./lanyard on its instance, by the right clock."""
+        env = {name: value for name, value in self._env.items() if name != "PYTHONPATH"}
+        command = [str(HERE.parents[1] / "lanyard"), *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
     def wait(self) -> Server:
         """Return when it answers; raise RuntimeError when it does not within a minute."""

@@ -66,11 +66,17 @@ def on_any_disk() -> list[Callable[[Stage], Scene]]:
     ]
 
 
+SMALL_DISK: list[Callable[[Stage], Scene]] = [
+    partial(scenes.full_disk, times=2, seconds=5),
+    partial(scenes.kill_switch, times=2, seconds=3),
+]
+
+
 def _on_small_disk(folder: Path, disk: Path) -> Iterator[Scene]:
     (folder / "log").mkdir()
     server = Server(folder / "log", disk).start().wait()
     try:
-        yield from _in_turn(Stage(server), [partial(scenes.full_disk, times=2, seconds=5)])
+        yield from _in_turn(Stage(server), SMALL_DISK)
     finally:
         server.stop()
 
