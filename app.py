@@ -30,8 +30,9 @@ from api import MAX_BODY, Blueprint, Problem, cached_response, check_path, read_
 from config import HERE, VERSION, SettingError, Settings
 from console import docs, openapi
 from migrations import upgrade
-from models import NEWEST_KEY, DecryptionError, db, new_id
+from models import NEWEST_KEY, DecryptionError, RevokedToken, db, new_id, now
 from ops import access_log, cleanup, metrics
+from storage import sqlite
 from storage.files import copy_owner, whole_file
 from webhooks import routes as webhooks
 
@@ -186,12 +187,20 @@ def health() -> dict[str, str]:
 @bp.response(200, schemas.Status)
 @bp.errors(503)
 def ready() -> dict[str, str]:
-    """Answer 200 when the write lock can be taken and there is a signing key."""
+    """Answer 200 when the database can be written and there is a signing key."""
     with database.writing(durable=False) as connection:
         newest = connection.scalar(sa.select(NEWEST_KEY))
         if newest is None:
             raise _unavailable("There is no signing key.", 1)
         keys.signing_key(newest)
+        # Read-only files fail the commit. A full disk may not: so little still fits.
+        connection.execute(sa.insert(RevokedToken), {"id": "ready", "expires_at": now()})
+        connection.execute(sa.delete(RevokedToken).where(RevokedToken.id == "ready"))
+        try:
+            if config.settings().uses_sqlite:
+                sqlite.check_room(config.settings())
+        except OSError as error:
+            raise _unavailable(f"The disk cannot be written: {error.strerror}.", 1) from None
     return {"status": "ready"}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import faults
 import floods
 import pytest
+import requests
 import scenes
 import sqlalchemy as sa
 from flask import Flask
@@ -181,6 +182,27 @@ def test_a_start_without_room_for_a_reserve_warns(
     assert "There is no reserve for a full disk" in caplog.text
     assert Operator(again).call("POST", json={"name": "x"}).status_code == 201
     close(again)
+
+
+def readiness(stage: Stage) -> int:
+    return requests.get(f"{stage.server.url}/health/ready").status_code
+
+
+def test_a_server_whose_files_are_read_only_is_not_ready(stage: Stage) -> None:
+    assert readiness(stage) == 200
+    try:
+        with faults.read_only(stage.server.database):
+            assert readiness(stage) == 503
+    except faults.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert readiness(stage) == 200
+
+
+def test_a_server_whose_disk_is_full_is_not_ready(small_disk: Stage) -> None:
+    assert readiness(small_disk) == 200
+    with faults.full(small_disk.server.instance):
+        assert [readiness(small_disk) for _ in range(20)] == [503] * 20
+    assert readiness(small_disk) == 200
 
 
 @pytest.mark.parametrize("damage", faults.DAMAGES)

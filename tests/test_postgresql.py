@@ -488,3 +488,19 @@ def test_a_database_that_cannot_keep_every_text_is_refused(tmp_path: Path) -> No
     with pytest.raises(SettingError, match="UTF8, not LATIN1"):
         create_app(settings_for(tmp_path), serving=True)
     on_postgresql.drop(tmp_path)
+
+
+def test_a_server_whose_database_is_read_only_is_not_ready(app: Flask, tmp_path: Path) -> None:
+    def ready(mode: str) -> int:
+        setting = (
+            f"format('ALTER DATABASE %I SET default_transaction_read_only = {mode}', current_database())"
+        )
+        with engine_of(tmp_path / "instance").connect() as connection:
+            connection.execute(sa.text("SET TRANSACTION READ WRITE"))
+            connection.execute(sa.text(f"DO $$ BEGIN EXECUTE {setting}; END $$"))
+            connection.commit()
+        with app.app_context():
+            db.engine.dispose()
+        return app.test_client().get("/health/ready").status_code
+
+    assert [ready("off"), ready("on"), ready("off")] == [200, 503, 200]
