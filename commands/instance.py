@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -107,12 +106,7 @@ def purge(vacuum: bool, as_json: bool) -> None:
     settings = config.settings()
     if vacuum and not settings.uses_sqlite:
         raise click.ClickException("PostgreSQL vacuums its files itself: omit --vacuum.")
-    deleted: Counter[str] = Counter()
-    total = cleanup.count_expired()
-    with output.progress("Deleting") as progress:
-        for batch in cleanup.purge():
-            deleted.update(batch)
-            progress(deleted.total(), total)
+    deleted = cleanup.purge()
     if vacuum:
         with db.engine.connect() as connection:
             for statement in ("PRAGMA busy_timeout = 30000", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):

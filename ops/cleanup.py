@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import events
 from config import settings
-from database import is_transient, keep_reserve, reading, writing
+from database import is_transient, keep_reserve, writing
 from models import Base, Event, Webhook, now
 
 log = logging.getLogger("lanyard")
@@ -69,20 +69,14 @@ def delete_batch() -> bool:
     return max(_delete_batch(patient=False).values()) == BATCH
 
 
-def purge() -> Iterator[dict[str, int]]:
-    """Delete all expired rows; yield after each batch how many of each table it held."""
+def purge() -> Counter[str]:
+    """Delete all expired rows; return how many of each table."""
+    deleted: Counter[str] = Counter()
     while True:
-        deleted = _delete_batch(patient=True)
-        yield deleted
-        if max(deleted.values()) < BATCH:
-            return
-
-
-def count_expired() -> int:
-    """Return how many rows have expired."""
-    conditions = [*map(_has_expired, _EXPIRING), _is_old()]
-    with reading() as connection:
-        return sum(connection.scalar(sa.select(sa.func.count()).where(one)) or 0 for one in conditions)
+        batch = _delete_batch(patient=True)
+        deleted.update(batch)
+        if max(batch.values()) < BATCH:
+            return deleted
 
 
 def _delete_batch(*, patient: bool) -> dict[str, int]:
