@@ -113,6 +113,7 @@ def test_missing_and_misshapen_credentials_are_refused(
         "Basic " + b64encode(b"no-colon").decode(),
         "Basic " + b64encode(b"\xff\xfe:\xff").decode(),
         "Basic " + b64encode(b":").decode(),
+        "Basic " + b64encode(f"%00:{credentials.new_client_secret(4).text}".encode()).decode(),
         "Basic " + b64encode("é:é".encode()).decode(),
         "Basic " + b64encode(b"a\0b:c").decode(),
         "Bearer eyJ.e30.x",
