@@ -269,7 +269,7 @@ def _check_admin_token(text: str) -> bool:
         events.count_failure(error.reason)
         raise
     if not is_right:
-        events.count_failure("admin_token")
+        events.count_failure("access_token" if is_token else "admin_token")
     return is_right
 
 

@@ -277,10 +277,11 @@ def _clear_at(key: str, limit: Limit) -> datetime:
     # Another process may have read the clock a little later.
     if clear_at <= now() + limit.most + limit.pause:
         return clear_at
-    # The clock was set back: without a cap, one failure would count for as long as that.
+    # The clock was set back: without a cap, one failure would count for as long as that. One attempt is left.
+    capped = now() + (limit.failures - 1) * limit.pause
     with writing(durable=False, exclusive=False) as connection:
-        connection.execute(_CAP, {"of": key, "most": now() + limit.most})
-    return now() + limit.most
+        connection.execute(_CAP, {"of": key, "most": capped})
+    return capped
 
 
 _RECENT = (
