@@ -21,7 +21,7 @@ import requests
 from authlib.integrations.requests_client import OAuth2Session
 from joserfc import jwt as jose
 from joserfc.jwk import ECKey
-from support.servers import Server, register, token_body
+from support.servers import COMMAND, Server, register, token_body
 
 from config import HERE
 
@@ -95,7 +95,7 @@ def test_the_walkthrough(local: Server) -> None:
 
 
 def test_local_mode_prints_its_address_and_a_first_command(serve: Serve) -> None:
-    server = serve(LOCAL="1").wait()
+    server = serve(program=COMMAND, LOCAL="1").wait()
     lines = server.stop().splitlines()
     assert len(lines) == 4
     assert server.url in lines[0]
@@ -110,7 +110,7 @@ def test_the_first_curl_it_suggests_works(local: Server) -> None:
 
 
 def test_plain_gunicorn_shuts_the_management_api(serve: Serve) -> None:
-    server = serve().wait()
+    server = serve(program=COMMAND).wait()
     url = f"{server.url}/api/agents"
     claims = {"X-Forwarded-For": "127.0.0.1", "X-Real-IP": "127.0.0.1", "Forwarded": "for=127.0.0.1"}
     for headers in ({}, claims, {"Host": "localhost"}, {"Authorization": "Bearer guess"}):
@@ -135,7 +135,7 @@ def test_local_mode_does_not_start_on_another_address(serve: Serve, address: str
 
 
 def test_a_bad_setting_stops_the_start_with_one_sentence(serve: Serve) -> None:
-    server = serve(BCRYPT_COST="99")
+    server = serve(program=COMMAND, BCRYPT_COST="99")
     assert server.process.wait(20) != 0
     assert server.log.read_text() == (
         "Lanyard will not start: LANYARD_BCRYPT_COST must be a whole number from 4 to 16, not '99'.\n"
@@ -155,7 +155,7 @@ def test_an_unwritable_instance_stops_the_start_with_one_sentence(serve: Serve, 
 def test_a_file_that_is_no_database_stops_the_start(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "instance").mkdir()
     (tmp_path / "instance" / "lanyard.db").write_text("this is a letter to my aunt, and no database" * 100)
-    server = serve()
+    server = serve(program=COMMAND)
     assert server.process.wait(20) != 0
     told = r"Lanyard will not start: The database \S+ cannot be used: .*\n"
     assert re.fullmatch(told, server.log.read_text())

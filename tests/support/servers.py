@@ -1,4 +1,4 @@
-"""Real servers, started as a user would, and what tests ask them first."""
+"""Real servers, as a user would start them, and what tests ask them first."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from support.forks import Gunicorn
 from support.instances import CHEAP, database_variables
 
 from config import HERE
 
+COMMAND = ("-m", "gunicorn", "wsgi:app")
+
 
 class Server:
-    """Real gunicorn on a free port, started as a user would."""
+    """Real gunicorn on a free port, as a user would start it."""
 
     def __init__(
         self,
         folder: Path,
         *arguments: str,
-        program: tuple[str, ...] = ("-m", "gunicorn", "wsgi:app"),
+        program: tuple[str, ...] = (),
         **variables: str,
     ) -> None:
+        """Start it.
+
+        :param program: Python's arguments for a new process, where that is the subject; else it is a fork.
+        """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
@@ -36,14 +43,14 @@ class Server:
         env = {"INSTANCE": str(self.instance), "PORT": str(self.port), "WORKERS": "2", **CHEAP, **variables}
         env = database_variables(self.instance) | env
         self.worker_count = int(env["WORKERS"])
+        environment = {**os.environ, **{f"LANYARD_{name}": value for name, value in env.items()}}
+        self.process: Gunicorn | subprocess.Popen[bytes]
+        if not program:
+            self.process = Gunicorn("wsgi:app", *arguments, environment=environment, log=self.log)
+            return
+        command = [sys.executable, *program, *arguments]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, *arguments],
-                cwd=HERE,
-                env={**os.environ, **{f"LANYARD_{name}": value for name, value in env.items()}},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+            self.process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log)
 
     def wait(self) -> Server:
         """Return when it answers, by whichever worker; fail when it does not within 20 seconds."""
