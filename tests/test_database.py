@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import stat
 import subprocess
@@ -21,7 +20,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from support import postgresql as on_postgresql
 from support.callers import OPERATOR, Operator, ask_refresh, ask_token
-from support.instances import contents, lock, settings_for
+from support.instances import PROCESSES, contents, lock, settings_for
 
 import models
 from app import create_app
@@ -296,10 +295,9 @@ def start_at_once(folder: Path, barrier: Any, kids: Any) -> None:
 
 
 def test_simultaneous_first_starts_make_one_key_and_one_token(tmp_path: Path) -> None:
-    processes = multiprocessing.get_context("spawn")
     settings_for(tmp_path)
-    barrier, kids = processes.Barrier(4), processes.Queue()
-    started = [processes.Process(target=start_at_once, args=(tmp_path, barrier, kids)) for _ in range(4)]
+    barrier, kids = PROCESSES.Barrier(4), PROCESSES.Queue()
+    started = [PROCESSES.Process(target=start_at_once, args=(tmp_path, barrier, kids)) for _ in range(4)]
     for process in started:
         process.start()
     found = [kids.get(timeout=60) for _ in started]

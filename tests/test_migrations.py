@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import shutil
 import signal
@@ -24,7 +23,7 @@ from alembic.script import ScriptDirectory
 from flask import Flask
 from support import postgresql as on_postgresql
 from support.callers import OPERATOR, ask_token
-from support.instances import engine_of, environment_of, settings_for
+from support.instances import PROCESSES, engine_of, environment_of, settings_for
 from support.revisions import GOOD, SHIPPED
 
 from app import create_app
@@ -239,9 +238,8 @@ def start_next(database: Path, folder: Path, barrier: Any) -> None:
 
 def start_together(database: Path, folder: Path, count: int) -> list[int | None]:
     """Start that many processes of the next release; returns how each of them ended."""
-    spawning = multiprocessing.get_context("spawn")
-    barrier = spawning.Barrier(count)
-    started = [spawning.Process(target=start_next, args=(database, folder, barrier)) for _ in range(count)]
+    barrier = PROCESSES.Barrier(count)
+    started = [PROCESSES.Process(target=start_next, args=(database, folder, barrier)) for _ in range(count)]
     for process in started:
         process.start()
     for process in started:

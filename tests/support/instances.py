@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -19,6 +20,9 @@ from storage import postgresql
 ADMIN_TOKEN = "the-operators-token-of-the-tests"
 # Tests whose subject they are set them to something else.
 CHEAP = {"BCRYPT_COST": "4", "SIGNING_ALG": "ES256"}
+# Processes that have imported the app already: they are forked by one that has, and that runs no threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["app", "alembic.command", "pytest"])
 
 
 def close(app: Flask) -> None:
