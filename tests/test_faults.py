@@ -28,14 +28,14 @@ from storage import sqlite
 
 pytestmark = pytest.mark.sqlite
 
-CLIENTS = 4
+CLIENTS, PAUSE = 4, 0.02  # seconds
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """One server for all scenes: what one fault leaves broken, the next finds."""
     server = Server(tmp_path_factory.mktemp("stage")).start()
-    yield Stage(server.wait(), CLIENTS)
+    yield Stage(server.wait(), CLIENTS, PAUSE)
     server.stop()
 
 
@@ -46,7 +46,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
         with faults.small_disk(folder / "disk") as disk:
             server = Server(folder, disk).start()
-            yield Stage(server.wait(), CLIENTS)
+            yield Stage(server.wait(), CLIENTS, PAUSE)
             server.stop()
     except faults.Unavailable as reason:
         pytest.skip(str(reason))

@@ -15,11 +15,15 @@ WEIGHTS = {"token": 4, "refresh": 4, "rotate": 2, "deactivate": 1, "delete": 1}
 
 
 class Load:
-    """Runs while the `with` block does; whatever happens in there happens under load."""
+    """Runs while the `with` block does; whatever happens in there happens under load.
 
-    def __init__(self, ledger: Ledger, tally: Tally, clients: int) -> None:
+    :param pause: seconds that each client waits after an answer.
+    """
+
+    def __init__(self, ledger: Ledger, tally: Tally, clients: int, pause: float) -> None:
         self._ledger = ledger
         self._tally = tally
+        self._pause = pause
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
         self._threads.append(threading.Thread(target=self._read))
@@ -38,7 +42,7 @@ class Load:
         change = Change(self._ledger, Caller(self._ledger.server, self._tally))
         mine: list[Agent] = []
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.wait(self._pause):
                 mine = [agent for agent in mine if not (agent.doubt or agent.is_deleted)]
                 if self._step(change, mine) == REFUSED:
                     time.sleep(PAUSE)

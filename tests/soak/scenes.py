@@ -37,11 +37,15 @@ class Scene:
 
 
 class Stage:
-    """A server on a database, everything it acknowledged, and what must be true after every fault."""
+    """A server on a database, everything it acknowledged, and what must be true after every fault.
 
-    def __init__(self, server: Server, clients: int = 8) -> None:
+    :param pause: seconds that each client waits after an answer.
+    """
+
+    def __init__(self, server: Server, clients: int = 8, pause: float = 0) -> None:
         self.server = server
         self.clients = clients
+        self.pause = pause
         self.ledger = Ledger(server)
         # Somebody is told of every change, and is never there: the deliverer meets each fault too.
         webhook = {"name": "nobody", "url": "http://127.0.0.1:9/", "events": ["agent.*"]}
@@ -66,7 +70,7 @@ class Stage:
 
     def load(self, scene: Scene) -> Load:
         """Clients, while a `with` block runs."""
-        return Load(self.ledger, scene.tally, self.clients)
+        return Load(self.ledger, scene.tally, self.clients, self.pause)
 
     def audit(self, scene: Scene, *, at_end: bool = True) -> None:
         """Ask about all that the scene acknowledged and some of what was before; look into file and log."""

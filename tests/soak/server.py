@@ -35,7 +35,8 @@ class Server:
     def start(self) -> Server:
         """Start it; returns at once."""
         mine = {"INSTANCE": str(self.instance), "PORT": str(self.port), "ADMIN_TOKEN": ADMIN_TOKEN}
-        mine |= {"WORKERS": str(WORKERS), "BCRYPT_COST": "4", "WEBHOOK_ALLOW_PRIVATE": "1"}
+        mine |= {"WORKERS": str(WORKERS), "BCRYPT_COST": "4", "SIGNING_ALG": "ES256"}
+        mine |= {"WEBHOOK_ALLOW_PRIVATE": "1"}
         env = {name: value for name, value in os.environ.items() if not name.startswith("LANYARD_")}
         env |= {f"LANYARD_{name}": value for name, value in mine.items()}
         env |= {"PYTHONPATH": str(HERE / "clock"), "SOAK_CLOCK": str(self.clock)}
