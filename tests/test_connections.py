@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ CHUNKED = TOKEN + b"Transfer-Encoding: chunked\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 FORM = b"POST /oauth/token HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+# Seconds. Who waits behind a client that stalls waits for a minute; on a busy machine one second goes by.
+STALLED = 4
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,7 @@ def test_clients_that_stall_do_not_stop_the_others(server: Server, sent: bytes) 
     with ExitStack() as open_connections:
         for _ in range(40):
             open_connections.enter_context(connect(server, sent))
-        assert slowest_of(server, 20) < 1
+        assert slowest_of(server, 20) < STALLED
 
 
 @pytest.mark.parametrize(
@@ -171,7 +174,7 @@ def test_1000_clients_that_stall_do_not_stop_the_others(server: Server, sent: by
     with ExitStack() as open_connections:
         for _ in range(1000):
             open_connections.enter_context(connect(server, sent))
-        assert slowest_of(server, 20) < 1
+        assert slowest_of(server, 20) < STALLED
 
 
 def allow_files(count: int) -> None:
@@ -219,7 +222,7 @@ def test_200_idle_connections_do_not_stop_the_others(server: Server) -> None:
         for _ in range(200):
             connection = open_connections.enter_context(connect(server, HEALTH))
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
-        assert slowest_of(server, 20) < 1
+        assert slowest_of(server, 20) < STALLED
 
 
 def test_a_connection_may_be_idle(server: Server) -> None:
@@ -227,7 +230,7 @@ def test_a_connection_may_be_idle(server: Server) -> None:
     configuration = Path("gunicorn.conf.py").read_text()
     assert int(re.findall(r"^keepalive = (\d+)$", configuration, re.MULTILINE)[0]) >= 75
     with connect(server, HEALTH) as connection:
-        time.sleep(3.5)
+        time.sleep(2.5)
         connection.sendall(LAST)
         assert read_all(connection).count(b"HTTP/1.1 200 OK") == 2
 
@@ -236,9 +239,10 @@ def test_a_request_that_never_ends_is_given_up(serve: Callable[..., Server], tmp
     impatient = tmp_path / "impatient.py"
     impatient.write_text(Path("gunicorn.conf.py").read_text() + "\nREQUEST_TIMEOUT = 0.5\nkeepalive = 1\n")
     running = serve("--config", str(impatient), LOCAL="1").wait()
-    for sent in (b"", TOKEN, CHUNKED + b"5\r\nab", TOKEN + b"Content-Length: 100\r\n\r\n{"):
-        found = answer(running, sent)
-        assert found == b"" or found.startswith(b"HTTP/1.1 400 ")
+    endless = (b"", TOKEN, CHUNKED + b"5\r\nab", TOKEN + b"Content-Length: 100\r\n\r\n{")
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(partial(answer, running), endless):
+            assert found == b"" or found.startswith(b"HTTP/1.1 400 ")
     with connect(running, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100) as client:
         time.sleep(1.5)
         with pytest.raises(ConnectionError):
