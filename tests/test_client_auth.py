@@ -26,6 +26,9 @@ from client_auth import ASSERTION_ALGORITHMS
 from models import now
 
 
+WELL_FORMED = f"cs_{'a' * 51}{credentials._checksum('cs_' + 'a' * 51)}"
+
+
 def ask_basic(client: FlaskClient, username: str, password: str, **form: str) -> TestResponse:
     header = "Basic " + b64encode(f"{username}:{password}".encode()).decode()
     body = {"grant_type": "client_credentials", **form}
@@ -113,7 +116,7 @@ def test_missing_and_misshapen_credentials_are_refused(
         "Basic " + b64encode(b"no-colon").decode(),
         "Basic " + b64encode(b"\xff\xfe:\xff").decode(),
         "Basic " + b64encode(b":").decode(),
-        "Basic " + b64encode(f"%00:{credentials.new_client_secret(4).text}".encode()).decode(),
+        "Basic " + b64encode(f"%00:{WELL_FORMED}".encode()).decode(),
         "Basic " + b64encode("é:é".encode()).decode(),
         "Basic " + b64encode(b"a\0b:c").decode(),
         "Bearer eyJ.e30.x",
