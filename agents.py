@@ -332,10 +332,13 @@ def _changing(agent_id: str, *, reserve: float | None = None) -> Iterator[tuple[
     """Begin a write transaction and read the agent in it."""
     with writing(reserve=reserve) as connection:
         # The calling agent may have been deactivated, or its token revoked, while it waited for the lock.
-        if has_request_context() and request.blueprint == self_service.name:
+        if is_own:
             g.guard()
         yield connection, find(connection, agent_id)
 
+    is_own = has_request_context() and request.blueprint == self_service.name
+    if reserve and is_own:
+        reserve = 0.5  # the other half is the operator's
 
 def _columns(fields: dict[str, Any]) -> dict[str, Any]:
     """Turn the fields of a request into columns: `expires_in` becomes `expires_at`."""

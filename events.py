@@ -193,6 +193,11 @@ bp = Blueprint(
 )
 
 
+def reserve_share() -> float:
+    """Return the share of a full disk's reserve that the caller may use: all if it is the operator."""
+    return 1 if g.get("actor") == OPERATOR else 0.5
+
+
 @bp.get("")
 @bp.arguments(schemas.EventQuery, location="query")
 @bp.response(200, schemas.EventPage)

@@ -343,7 +343,7 @@ class Revocation(_TokenEndpoint, RevocationEndpoint):
             if tokens.end_family(token.agent, "token.revoked"):
                 events.TOKENS_REVOKED.inc()
             return
-        with writing(exclusive=False, reserve=0.5) as connection:
+        with writing(exclusive=False, reserve=events.reserve_share()) as connection:
             expires_at = datetime.fromtimestamp(token.claims["exp"], UTC)
             tokens.revoke(connection, token.claims["jti"], expires_at)
             events.record(connection, "token.revoked", token.agent, token="access")

@@ -232,7 +232,7 @@ def end_family(client: Client, event: str) -> bool:
     :param event: the type of the event to record.
     :returns: False when the family had ended before.
     """
-    with writing(exclusive=False, reserve=0.5) as connection:
+    with writing(exclusive=False, reserve=events.reserve_share()) as connection:
         ended = connection.execute(_END_FAMILY, {"family": client.family_id}).rowcount == 1
         if ended:
             longest = now() + timedelta(seconds=keys.LONGEST_TOKEN)

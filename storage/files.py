@@ -20,6 +20,7 @@ def make_folder(folder: Path) -> None:
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield an empty file of mode 0600 that durably replaces `file`, unless the block raises."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
+    draft.unlink(missing_ok=True)  # of a killed process: numbers of processes repeat
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         yield draft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -187,19 +188,23 @@ def claim_room(settings: Settings, share: float | None) -> None:
 
     :raises sa.exc.OperationalError: SQLITE_FULL, without a share while a part of the reserve is freed.
     """
+    if share == 0:
+        return
     size = reserve_size(settings)
+    kept = RESERVE if share is None else int(RESERVE * (1 - share))
+    if size is not None and size < kept:
+        error = sqlite3.OperationalError("the disk was full, and what is left is kept for ending access")
+        error.sqlite_errorname = "SQLITE_FULL"
+        raise sa.exc.OperationalError("BEGIN", None, error)
     if share is None:
-        if size is not None and size < RESERVE:
-            error = sqlite3.OperationalError("the disk was full, and what is left is kept for ending access")
-            error.sqlite_errorname = "SQLITE_FULL"
-            raise sa.exc.OperationalError("BEGIN", None, error)
         return
     try:
-        check_room(settings, RESERVE)
-    except OSError:
-        left = int(RESERVE * (1 - share))
-        if size is not None and size > left:
-            os.truncate(f"{settings.database_file}.reserve", left)
+        check_room(settings, RESERVE if share == 1 else ROOM)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return
+        if size is not None and size > kept:
+            os.truncate(f"{settings.database_file}.reserve", kept)
         # The next transaction overwrites the WAL instead of adding to it, if the database has room to grow.
         with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(settings.database_file)) as other:
             (pages,) = other.execute("PRAGMA page_count").fetchone()

@@ -130,16 +130,25 @@ def test_while_the_reserve_is_used_only_access_is_ended(app: Flask, tmp_path: Pa
 
 def test_agents_leave_the_operator_half_of_the_reserve(app: Flask, tmp_path: Path) -> None:
     operator, client = Operator(app), app.test_client()
-    agent = operator.create()
+    agent, hostile, patient = (operator.create() for _ in range(3))
     tokens = [ask_token(client, agent).json or {} for _ in range(3)]
+    others, last = (ask_token(client, one).json or {} for one in (hostile, patient))
     left = (tmp_path / "disk" / "lanyard.db.reserve").stat
     with faults.full(tmp_path / "disk"):
         for token in tokens:
             body = {"token": token["access_token"]}
             assert client.post("/oauth/revoke", json=body, headers=bearer(token)).status_code == 200
             assert left().st_size == sqlite.RESERVE // 2
+        rotation = {"revoke_tokens": True}
+        assert client.post("/api/agents/me/rotate", json=rotation, headers=bearer(others)).status_code == 200
+        assert left().st_size == sqlite.RESERVE // 2
         assert operator.act(agent, "deactivate").status_code == 200
         assert left().st_size == 0
+        # From now on agents may not even use what is free.
+        body = {"token": last["access_token"]}
+        assert client.post("/oauth/revoke", json=body, headers=bearer(last)).status_code == 503
+        assert client.post("/oauth/revoke", json=body, headers=OPERATOR).status_code == 200
+        assert operator.act(hostile, "deactivate").status_code == 200
     client.get("/health").close()
     assert left().st_size == sqlite.RESERVE
     assert left().st_blocks * 512 == sqlite.RESERVE
