@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
 REFUSAL_PAUSE = 0.05  # seconds: many connections that ask again at once take no time from others
 ROTATIONS_A_MINUTE = 6  # by the agent itself: each costs a hash of tens of milliseconds
+_turns = [threading.Lock() for _ in range(64)]
 _NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
 _NEEDS_KEYS = "This agent signs in by its keys: give it other keys, not none."
 _EXPIRED = "This agent has expired: give it a new expires_in first."
@@ -183,7 +185,7 @@ def show_my_usage() -> dict[str, Any]:
 @self_service.errors(409, conflict=_NO_SECRET)
 def rotate_my_secret(fields: dict[str, Any]) -> dict[str, str]:
     """Give the calling agent a new client secret."""
-    return rotate(g.agent.id, rotated_by="self", **fields)
+    return _rotate_own(**fields)
 
 
 @self_service.post("/deactivate")
@@ -248,20 +250,24 @@ def rotate(
     :param revoke_tokens: end every token of the agent, for a leak.
     :raises Problem: 404; 409 when the agent has no client secret; 429 when it rotates too often.
     """
-    # One at a time for each agent: the others are refused before they cost a hash.
-    with credentials.turn("rotate", agent_id):
-        try:
-            with reading() as connection:
-                agent = g.agent if rotated_by == "self" else find(connection, agent_id)
-                _check_rotation(connection, agent, rotated_by)
-        except Problem as problem:
-            if problem.status == 429:
-                time.sleep(REFUSAL_PAUSE)
-            raise
-        # Before the transaction: bcrypt under the write lock would block every other writer.
-        secret = credentials.new_client_secret(settings().bcrypt_cost)
-        _rotate(agent_id, secret, rotated_by, grace_period, revoke_tokens)
+    with reading() as connection:
+        agent = g.agent if rotated_by == "self" else find(connection, agent_id)
+        _check_rotation(connection, agent, rotated_by)
+    # Before the transaction: bcrypt under the write lock would block every other writer.
+    secret = credentials.new_client_secret(settings().bcrypt_cost)
+    _rotate(agent_id, secret, rotated_by, grace_period, revoke_tokens)
     return {"client_secret": secret.text}
+
+
+def _rotate_own(**fields: Any) -> dict[str, str]:
+    """Rotate the calling agent's secret, one request at a time: refused ones must not cost a hash."""
+    try:
+        with _turns[hash(g.agent.id) % len(_turns)]:
+            return rotate(g.agent.id, rotated_by="self", **fields)
+    except Problem as problem:
+        if problem.status == 429:
+            time.sleep(REFUSAL_PAUSE)
+        raise
 
 
 def _rotate(
@@ -330,15 +336,15 @@ def delete(agent_id: str) -> None:
 @contextmanager
 def _changing(agent_id: str, *, reserve: float | None = None) -> Iterator[tuple[sa.Connection, Any]]:
     """Begin a write transaction and read the agent in it."""
+    is_own = has_request_context() and request.blueprint == self_service.name
+    if reserve and is_own:
+        reserve = 0.5  # the other half is the operator's
     with writing(reserve=reserve) as connection:
         # The calling agent may have been deactivated, or its token revoked, while it waited for the lock.
         if is_own:
             g.guard()
         yield connection, find(connection, agent_id)
 
-    is_own = has_request_context() and request.blueprint == self_service.name
-    if reserve and is_own:
-        reserve = 0.5  # the other half is the operator's
 
 def _columns(fields: dict[str, Any]) -> dict[str, Any]:
     """Turn the fields of a request into columns: `expires_in` becomes `expires_at`."""

@@ -165,7 +165,7 @@ def verify(secret: str, stored: bytes | None, client_id: str) -> bool:
         return throttle(lambda: hint is not None and _matches(secret, None), name, known=False)
     # One at a time for each secret and address, so that the failures before are counted, and so that many
     # wrong secrets delay nobody else.
-    with turn(stored, _address()):
+    with _turns[hash((stored, _address())) % len(_turns)]:
         if hmac.compare_digest(remembered.get(stored, b""), keyed):
             return True
         is_right = throttle(lambda: _matches(secret, stored), f"{name} {hint}", known=True)
@@ -340,11 +340,6 @@ def too_many_requests(text: str, wait: timedelta) -> Problem:
     """Return a refusal (RFC 6585 §4) that names the time to wait."""
     seconds = max(1, int(wait.total_seconds()))
     return Problem(429, "too_many_requests", text, headers={"Retry-After": str(seconds)})
-
-
-def turn(*key: object) -> threading.Lock:
-    """Return a lock of this process for what a key names; two keys may share one."""
-    return _turns[hash(key) % len(_turns)]
 
 
 def _address() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bcrypt
@@ -120,6 +122,21 @@ def test_an_agent_rotates_six_times_a_minute_at_most(
     assert operator.act(agent, "rotate").status_code == 200, "the operator's do not count"
     time_machine.advance(seconds=40)
     assert rotate().status_code == 200
+
+
+def test_many_rotations_at_once_do_not_hold_up_the_operators(
+    app: Flask, operator: Operator, agent: dict[str, Any], token: dict[str, Any]
+) -> None:
+    def rotate(_: int) -> int:
+        return app.test_client().post("/api/agents/me/rotate", headers=bearer(token)).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        statuses = pool.map(rotate, range(200))
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert operator.act(agent, "rotate", revoke_tokens=True).status_code == 200
+        assert time.monotonic() - started < 2
+    assert set(statuses) <= {200, 401, 429}
 
 
 def test_rotations_count_against_the_rate_limit(client: FlaskClient, operator: Operator) -> None:
