@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import prometheus_client as prometheus
 import sqlalchemy as sa
-from flask import g, has_request_context, request
+from flask import Flask, Response, after_this_request, current_app, g, has_request_context, request
 from sqlalchemy.exc import SQLAlchemyError
 
 import schemas
@@ -87,14 +87,14 @@ def record(
     type_: str,
     agent: Any = None,
     *,
-    actor: str | None = None,
+    caller: dict[str, Any] | None = None,
     only_webhook: int | None = None,
     **data: Any,
 ) -> int:
     """Record an event in the caller's write transaction, and put it in the outbox; return its row number.
 
     :param agent: the agent concerned, an object with `id`, `name` and `client_id`.
-    :param actor: the caller, unless it is the request's, or the operator's command.
+    :param caller: `actor` and `address`, unless they are the request's or the operator's.
     :param only_webhook: the row number of the one webhook to notify, whatever it subscribes to.
     :param data: further facts; never a secret, a hash or a token.
     """
@@ -105,14 +105,16 @@ def record(
         "id": new_id("evt_"),
         "type": type_,
         "created_at": moment,
-        "actor": actor or (g.get("actor", NOBODY) if has_request_context() else OPERATOR),
+        "actor": OPERATOR,
         "agent_id": data.get("agent_id"),
         "address": None,
         "request_id": None,
         "data": data,
     }
-    if has_request_context():
-        row |= {"address": request.remote_addr, "request_id": g.request_id}
+    if caller is not None:
+        row |= caller
+    elif has_request_context():
+        row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
     event_pk: int = connection.execute(_INSERT, row).scalar_one()
     if only_webhook is not None:
         delivery = {"webhook_pk": only_webhook, "event_pk": event_pk}
@@ -141,12 +143,22 @@ def record_failure(credential: str, agent: Any = None) -> None:
     :param credential: whose: `client` or `operator`.
     :param agent: the agent that was named, if it exists.
     """
-    key = (credential, agent and agent.client_id)
-    failures = state().failures.setdefault(key, _Failures(agent))
+    failures = state().failures.setdefault((credential, agent and agent.client_id), _Failures(agent))
     address = request.remote_addr or ""
     is_counted_apart = address in failures.attempts or len(failures.attempts) < ADDRESSES
     failures.attempts[address if is_counted_apart else "others"] += 1
-    report_failures()
+    app = cast(Any, current_app)._get_current_object()
+
+    @after_this_request
+    def report_later(response: Response) -> Response:
+        # Not before the response: the time that it takes must not show which agents exist.
+        response.call_on_close(partial(_report, app))
+        return response
+
+
+def _report(app: Flask) -> None:
+    with app.app_context():
+        report_failures()
 
 
 def report_failures(*, everything: bool = False) -> None:
@@ -166,21 +178,24 @@ def report_failures(*, everything: bool = False) -> None:
 
 
 def _record_failures(credential: str, agent: Any, attempts: Counter[str]) -> bool:
-    data: dict[str, Any] = {
-        "credential": credential,
-        "attempts": attempts.total(),
-        "address_count": len(attempts),
-        "addresses": [address for address, _ in attempts.most_common(ADDRESSES_SHOWN)],
-    }
+    """Record an entry; return False when the database does not answer."""
+    addresses = [address for address, _ in attempts.most_common(ADDRESSES_SHOWN)]
+    data: dict[str, Any] = {"credential": credential, "attempts": attempts.total()}
+    data |= {"address_count": len(attempts), "addresses": addresses}
+    caller = {"actor": NOBODY, "address": addresses[0] if len(addresses) == 1 else None}
     try:
         with writing(durable=False, exclusive=False) as connection:
-            record(connection, "auth.failed", agent, actor=NOBODY, **data)
+            record(connection, "auth.failed", agent, caller=caller, **data)
     except SQLAlchemyError as error:
-        # A locked database must not turn a refusal into another response.
         if not is_transient(error):
             raise
         return False
     return True
+
+
+def reserve_share() -> float:
+    """Return the share of a full disk's reserve that the caller may use: all if it is the operator."""
+    return 1 if g.get("actor") == OPERATOR else 0.5
 
 
 def set_caller(actor: str, client_id: str | None = None) -> None:
@@ -191,11 +206,6 @@ def set_caller(actor: str, client_id: str | None = None) -> None:
 bp = Blueprint(
     "events", __name__, url_prefix="/api/events", description="Audit log (management)", security=BY_OPERATOR
 )
-
-
-def reserve_share() -> float:
-    """Return the share of a full disk's reserve that the caller may use: all if it is the operator."""
-    return 1 if g.get("actor") == OPERATOR else 0.5
 
 
 @bp.get("")

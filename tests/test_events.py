@@ -81,6 +81,16 @@ def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: st
     assert told.startswith("req_")
 
 
+def test_the_admin_token_as_a_request_id_is_not_stored(client: FlaskClient) -> None:
+    """But returned, as a wrong guess is: anybody may send one."""
+    for given in (ADMIN_TOKEN, "a-wrong-guess", "start_1"):
+        response = client.post("/api/agents", json={"name": "x"}, headers={**OPERATOR, "X-Request-Id": given})
+        assert response.headers["X-Request-Id"] == given
+    stored = [event["request_id"] for event in log(client)]
+    assert stored[:2] == ["start_1", "a-wrong-guess"]
+    assert stored[2].startswith("req_")
+
+
 def test_a_refresh_token_used_twice_is_one_event(
     client: FlaskClient, agent: dict[str, Any], token: dict[str, Any]
 ) -> None:
@@ -97,13 +107,15 @@ def failed(client: FlaskClient) -> list[dict[str, Any]]:
 
 def guess(client: FlaskClient, client_id: str, address: str = "127.0.0.1") -> int:
     body = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": "cs_guess"}
-    return client.post("/oauth/token", json=body, environ_overrides={"REMOTE_ADDR": address}).status_code
+    response = client.post("/oauth/token", json=body, environ_overrides={"REMOTE_ADDR": address})
+    response.close()
+    return response.status_code
 
 
 def test_a_failed_sign_in_is_an_event(client: FlaskClient, agent: dict[str, Any]) -> None:
     guess(client, agent["client_id"])
     guess(client, "'; DROP TABLE agents")
-    client.get("/api/agents", headers={"Authorization": "Bearer guess"})
+    client.get("/api/agents", headers={"Authorization": "Bearer guess"}).close()
     named = {"agent_id": agent["agent"]["id"], "agent_name": "an agent", "client_id": agent["client_id"]}
     once = {"attempts": 1, "address_count": 1, "addresses": ["127.0.0.1"]}
     assert failed(client) == [
@@ -145,6 +157,27 @@ def test_the_last_failures_are_recorded_without_another(
     assert [data["attempts"] for data in failed(client)] == [1, 2]
 
 
+def test_an_entry_names_only_the_addresses_of_its_own_failures(
+    client: FlaskClient, operator: Operator, time_machine: Clock
+) -> None:
+    guessed, other = operator.create(), operator.create()
+    for _ in range(3):
+        guess(client, guessed["client_id"], "198.51.100.1")
+    time_machine.advance(minutes=10)
+    guess(client, other["client_id"], "203.0.113.5")
+    about = log(client, f"?agent_id={guessed['client_id']}&type=auth.failed")
+    assert [(event["address"], event["request_id"]) for event in about] == [("198.51.100.1", None)] * 2
+
+
+def test_a_failure_is_recorded_after_its_response(client: FlaskClient, agent: dict[str, Any]) -> None:
+    """The time that it takes does not show which agents exist."""
+    body = {"grant_type": "client_credentials", "client_id": agent["client_id"], "client_secret": "cs_guess"}
+    response = client.post("/oauth/token", json=body)
+    assert failed(client) == []
+    response.close()
+    assert len(failed(client)) == 1
+
+
 def test_a_throttled_guesser_adds_nothing_to_the_log(
     client: FlaskClient, agent: dict[str, Any], time_machine: Clock
 ) -> None:
@@ -164,7 +197,7 @@ def test_a_forged_assertion_is_a_failure_of_its_agent(client: FlaskClient, opera
         "client_assertion_type": ASSERTION_TYPE,
         "client_assertion": sign({"alg": "ES256"}, claims, other),
     }
-    client.post("/oauth/token", data={"grant_type": "client_credentials", **body})
+    client.post("/oauth/token", data={"grant_type": "client_credentials", **body}).close()
     assert [data["client_id"] for data in failed(client)] == [agent["client_id"]]
 
 
