@@ -78,7 +78,7 @@ LINKS = {
     "docs": "/docs",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SECRET = re.compile(r"(cs|rt|whsec)_|eyJ")
+_SECRET = re.compile(r"(?<![A-Za-z0-9])(cs|rt|whsec)_|eyJ")
 
 bp = Blueprint("service", __name__, description="Service")
 
@@ -221,12 +221,14 @@ def _guard() -> None:
 def _assign_request_id() -> None:
     """Take the caller's request id, unless it is malformed or holds a secret: ids are logged and stored."""
     given = request.headers.get("X-Request-Id", "")
-    is_good = _REQUEST_ID.fullmatch(given) and not _SECRET.search(given) and not auth.is_admin_token(given)
-    g.request_id = given if is_good else new_id("req_")
+    is_good = _REQUEST_ID.fullmatch(given) and not _SECRET.search(given)
+    g.returned_id = given if is_good else new_id("req_")
+    # The admin token is returned as any other id is: who guesses must not learn that a guess is right.
+    g.request_id = new_id("req_") if auth.is_admin_token(g.returned_id) else g.returned_id
 
 
 def _add_headers(response: Response) -> Response:
-    response.headers["X-Request-Id"] = g.request_id
+    response.headers["X-Request-Id"] = g.returned_id
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
     if request.is_secure:  # RFC 6797 §7.2

@@ -73,7 +73,7 @@ def test_an_event_has_its_address_and_request_id(make_app: Callable[..., Flask])
 
 @pytest.mark.parametrize(
     "given",
-    ["", "a b", "x" * 65, 'a"b', "é", "rt_x", "cs_x", "whsec_x", "id-cs_x", "eyJhbGciOiJ", ADMIN_TOKEN],
+    ["", "a b", "x" * 65, 'a"b', "é", "rt_x", "cs_x", "whsec_x", "id-cs_x", "eyJhbGciOiJ"],
 )
 def test_a_request_id_that_is_no_good_is_replaced(client: FlaskClient, given: str) -> None:
     told = client.get("/health", headers={"X-Request-Id": given}).headers["X-Request-Id"]
