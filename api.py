@@ -112,6 +112,8 @@ def read_parameters(names: Collection[str]) -> dict[str, Any]:
             raise InvalidRequestError("A parameter is repeated.")
         else:
             parameters[name] = value
+    if len(resources) > 17:  # an agent's audiences, and the server's own
+        raise InvalidRequestError("Too many resources.")
     known = {name: value for name, value in parameters.items() if name in names}
     for name, value in [*known.items(), *(("resource", resource) for resource in resources)]:
         if not is_text(value):
@@ -150,8 +152,11 @@ def parse_authorization(header: str) -> Authorization | None:
 def canonical(name: str) -> str:
     """Return the spelling by which audiences and issuers are compared (RFC 3986 §6.2.2-6.2.3).
 
-    Scheme and host in lower case, no default port, `/` for an empty path. What is no URI with a host stays.
+    Scheme and host in lower case, no default port, `/` for an empty path. What is no URI with a host stays,
+    and what urlsplit would change in other ways.
     """
+    if len(name) > 255 or not re.fullmatch(r"[!-~]+", name) or re.search(r"[#\\]|\?$", name):
+        return name
     try:
         parts = urlsplit(name)
     except ValueError:

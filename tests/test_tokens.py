@@ -206,6 +206,32 @@ def test_a_resource_may_be_spelled_in_several_ways(
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [
+        " https://api.example",
+        " " * 60_000 + "https://api.example",
+        "https://api.exa\nmple/",
+        "\x01https://api.example",
+        "https://ap\u0131.example",
+        "https://api.example?",
+        "https://api.example#",
+        "https:\\\\api.example",
+        ["https://api.example"] * 18,
+    ],
+    ids=lambda asked: repr(asked)[-30:],
+)
+def test_a_strange_spelling_of_a_resource_is_refused(
+    client: FlaskClient, operator: Operator, asked: str | list[str]
+) -> None:
+    agent = operator.create(audiences=["https://api.example"])
+    answer = ask_token(client, agent, resource=asked)
+    assert (answer.status_code, answer.json["error"][:9]) == (
+        400,
+        "invalid_t" if isinstance(asked, str) else "invalid_r",
+    )
+
+
+@pytest.mark.parametrize(
     "asked", ["https://api.example/A", "https://api.example:80", "http://api.example", "API"]
 )
 def test_another_path_port_or_scheme_is_another_resource(
