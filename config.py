@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from click import ClickException
 from flask import Flask, current_app
+from sqlalchemy import make_url
 
 if TYPE_CHECKING:  # only `State` needs them: at run time nothing here imports another module
     from authlib.integrations.flask_oauth2 import AuthorizationServer
@@ -140,7 +141,9 @@ class Settings:
         """The database's name, relative to the instance's folder, which may be moved, if it is in there."""
         if self.uses_sqlite and self.database_file.is_relative_to(self.instance):
             return str(self.database_file.relative_to(self.instance))
-        return self.database_name.replace(":5432/", "/")
+        url = make_url(self.database_url)
+        named = {"host": url.host, "port": url.port or 5432, "service": None} | url.query
+        return f"postgresql://{str(named['host']).lower()}:{named['port']}/{url.database}, {named['service']}"
 
     @property
     def uses_sqlite(self) -> bool:

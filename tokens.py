@@ -249,7 +249,8 @@ def revoke(connection: sa.Connection, jti: str, expires_at: datetime) -> None:
 def _end_reused_family(client: Client) -> NoReturn:
     if end_family(client, "token.reuse_detected"):
         events.TOKENS_REUSED.inc()
-        log.warning("A refresh token of agent %s was used twice: its family has been ended.", client.row.id)
+        # In the message itself: reuse by another agent is another kind to the log's filter.
+        log.warning(f"A refresh token of agent {client.row.id} was used twice: its family has been ended.")
     raise _invalid_refresh_token()
 
 

@@ -56,7 +56,10 @@ def _read_env_file(ctx: click.Context, option: click.Parameter, file: IO[str] | 
     for line in file or ():
         name, is_set, value = line.strip().partition("=")
         if is_set and name.startswith("LANYARD_"):
-            os.environ[name] = " ".join(shlex.split(value))
+            try:
+                os.environ[name] = " ".join(shlex.split(value))
+            except ValueError:
+                raise click.BadParameter(f"{name} has a quote that is not closed.") from None
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,7 @@ from typing import Any
 INTERVAL = 60.0  # seconds in which one warning of a kind is logged
 # gunicorn quotes malformed requests, which may hold a credential.
 _QUOTING = ("Invalid request from ip=", "Ignored premature client disconnection.")
+MOST_KINDS = 1000
 _kinds: dict[Any, tuple[float, int]] = {}  # until when to leave a kind out, and how many have been
 
 
@@ -26,6 +27,8 @@ def limit_repeats(record: logging.LogRecord) -> bool:
         _kinds[kind] = (until, left_out + 1)
         return False
     _kinds[kind] = (monotonic() + INTERVAL, 0)
+    if len(_kinds) > MOST_KINDS:
+        del _kinds[next(iter(_kinds))]
     if left_out:
         record.msg, record.args = f"{record.getMessage()} ({left_out} more like this were left out)", ()
     return True

@@ -25,7 +25,6 @@ import credentials
 from client_auth import ASSERTION_ALGORITHMS
 from models import now
 
-
 WELL_FORMED = f"cs_{'a' * 51}{credentials._checksum('cs_' + 'a' * 51)}"
 
 
