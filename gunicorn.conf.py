@@ -26,7 +26,7 @@ metrics_files.share()  # before the import of modules that make metrics
 
 import auth
 from config import SettingError, Settings, odd_variables
-from webhooks.delivery import Deliverer
+from webhooks import delivery
 
 try:
     settings = Settings.from_env()
@@ -110,10 +110,8 @@ def post_worker_init(worker: Any) -> None:
     worker.listeners = [listener.dup() for listener in worker.sockets]
     gevent.get_hub().print_exception = _log_exception
     gevent.spawn(_exit_when_idle, worker)
-    if "LANYARD" not in worker.app.wsgi().config:
-        return  # the benchmark's empty app
-    worker.deliverer = Deliverer(worker.app.wsgi())
-    worker.deliverer.start()
+    if "LANYARD" in worker.app.wsgi().config:  # not the benchmark's empty app
+        delivery.start(worker.app.wsgi())
 
 
 def _log_exception(context: Any, *exc_info: Any) -> None:
@@ -163,8 +161,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     """Answer the connections that nobody has accepted, and let the deliveries in flight finish."""
     for listener in getattr(worker, "listeners", ()):
         _answer_queue(worker, listener)
-    if hasattr(worker, "deliverer"):
-        worker.deliverer.stop()
+    delivery.stop()
 
 
 def _answer_queue(worker: Any, listener: socket.socket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import threading
 from collections import Counter
@@ -47,6 +48,9 @@ ERROR_PAUSE = 30.0  # seconds until a delivery is sent again whose outcome could
 # SQLite's lock has no queue: many attempts waiting for it at once would starve the requests.
 _WRITE_LOCK = threading.Lock()
 
+_START_LOCK = threading.Lock()
+_deliverers: dict[int, Deliverer] = {}  # by process id: a fork inherits its parent's, but not the thread
+
 _DUE = (
     sa.select(
         Delivery.pk,
@@ -68,6 +72,23 @@ _DUE = (
     .join(Event)
     .order_by(Delivery.next_attempt_at, Delivery.pk)
 )
+
+
+def start(app: Flask) -> None:
+    """Start this process's deliverer, unless it runs already."""
+    if os.getpid() in _deliverers:
+        return
+    with _START_LOCK:
+        if os.getpid() not in _deliverers:
+            deliverer = Deliverer(app)
+            deliverer.start()
+            _deliverers[os.getpid()] = deliverer
+
+
+def stop() -> None:
+    """Stop this process's deliverer, if one runs; see `Deliverer.stop`."""
+    if deliverer := _deliverers.get(os.getpid()):
+        deliverer.stop()
 
 
 class Deliverer:
@@ -106,7 +127,10 @@ class Deliverer:
                     continue
                 for delivery in due:
                     self._in_flight[delivery.pk] = delivery
-                    pool.submit(self._attempt, delivery)
+                    try:
+                        pool.submit(self._attempt, delivery)
+                    except RuntimeError:  # the process ends without `stop`
+                        return
                 self._attempt_ended.wait(POLL_INTERVAL)
                 self._attempt_ended.clear()
         self._lease.close()
