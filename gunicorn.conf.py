@@ -13,8 +13,10 @@ import resource
 import socket
 import sys
 from contextlib import suppress
+from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import gevent
 
@@ -25,7 +27,7 @@ from ops import log_filters, metrics_files
 metrics_files.share()  # before the import of modules that make metrics
 
 import auth
-from config import SettingError, Settings, odd_variables
+from config import LOOPBACK_NAMES, SettingError, Settings, odd_variables
 from webhooks import delivery
 
 try:
@@ -99,7 +101,7 @@ def when_ready(server: Any) -> None:
     for sentence in odd_variables():
         print(sentence, file=sys.stderr)
     print(f"Lanyard listens on {url}", file=sys.stderr)
-    for line in _first_steps(url):
+    for line in [*_first_steps(url), *_warn_of_issuer(server.LISTENERS)]:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -178,13 +180,25 @@ def _answer_queue(worker: Any, listener: socket.socket) -> None:
 
 
 def _first_steps(url: str) -> list[str]:
-    issuer = f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER)."
+    names = [
+        f"Tokens name the issuer {settings.issuer} (LANYARD_ISSUER).",
+        f"The API is described at {settings.url('/docs')}",
+    ]
     if not settings.local:
         where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else auth.admin_token_file(settings)
-        return [f"The management API wants the admin token, which is in {where}.", issuer]
+        return [f"The management API wants the admin token, which is in {where}.", *names]
     body = """'{"name": "my-first-agent", "scopes": ["read"]}'"""
     return [
         "Local mode: the management API is open to this machine, and to this machine only.",
-        issuer,
+        *names,
         f"Try: curl -X POST {url}/api/agents -H 'Content-Type: application/json' -d {body}",
     ]
+
+
+def _warn_of_issuer(listeners: list[Any]) -> list[str]:
+    """Warn when other machines can connect, whose own `localhost` is not this server."""
+    hosts = [address[0] for listener in listeners if isinstance(address := listener.getsockname(), tuple)]
+    is_open = any(not ip_address(host.partition("%")[0]).is_loopback for host in hosts)
+    if is_open and urlsplit(settings.issuer).hostname in LOOPBACK_NAMES:
+        return [f"Other machines can connect, but tokens name {settings.issuer}: set LANYARD_ISSUER."]
+    return []

@@ -97,14 +97,39 @@ def test_the_walkthrough(local: Server) -> None:
 def test_local_mode_prints_its_address_and_a_first_command(serve: Serve) -> None:
     server = serve(program=COMMAND, LOCAL="1").wait()
     lines = server.stop().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert server.url in lines[0]
     assert "management API is open to this machine" in lines[1]
-    assert lines[3].startswith(f"Try: curl -X POST {server.url}/api/agents ")
+    assert lines[2] == f"Tokens name the issuer http://localhost:{server.port} (LANYARD_ISSUER)."
+    assert lines[3] == f"The API is described at http://localhost:{server.port}/docs"
+    assert lines[4].startswith(f"Try: curl -X POST {server.url}/api/agents ")
+
+
+@pytest.mark.parametrize(
+    ("host", "issuer", "is_warned"),
+    [
+        ("0.0.0.0", "", True),  # noqa: S104
+        ("::", "", True),
+        ("0.0.0.0", "https://id.example.com/lanyard", False),  # noqa: S104
+        ("127.0.0.1", "", False),
+    ],
+)
+def test_the_start_warns_when_others_get_an_issuer_of_localhost(
+    serve: Serve, host: str, issuer: str, is_warned: bool
+) -> None:
+    server = serve(HOST=host, ISSUER=issuer).wait()
+    lines = server.stop().splitlines()
+    issuer = issuer or f"http://localhost:{server.port}"
+    warning = f"Other machines can connect, but tokens name {issuer}: set LANYARD_ISSUER."
+    assert lines[2:] == [
+        f"Tokens name the issuer {issuer} (LANYARD_ISSUER).",
+        f"The API is described at {issuer}/docs",
+        *([warning] if is_warned else []),
+    ]
 
 
 def test_the_first_curl_it_suggests_works(local: Server) -> None:
-    command = local.log.read_text().splitlines()[3].removeprefix("Try: ")
+    command = local.log.read_text().splitlines()[4].removeprefix("Try: ")
     answer = subprocess.check_output(command, shell=True, text=True, stderr=subprocess.DEVNULL)  # noqa: S602
     assert "client_secret" in answer
 
