@@ -33,7 +33,7 @@ from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, RevokedToken, db, new_id, now
 from ops import access_log, cleanup, metrics
 from storage import sqlite
-from storage.files import copy_owner, whole_file
+from storage.files import copy_owner, explain, whole_file
 from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
@@ -138,7 +138,9 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     except DecryptionError as error:
         raise SettingError(f"{error}.") from None
     except OSError as error:
-        raise SettingError(f"LANYARD_INSTANCE must be a folder that can be written: {error}.") from None
+        raise SettingError(
+            f"LANYARD_INSTANCE must be a folder that can be written: {explain(error)}."
+        ) from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
         reason = database.error_text(error)
         raise SettingError(f"The database {settings.database_name} cannot be used: {reason}.") from None

@@ -28,7 +28,7 @@ from api import Problem, canonical, parse_authorization
 from config import SettingError, Settings, check_admin_token, settings
 from database import reading
 from models import Agent, RevokedToken, SigningKey, Timestamp, is_active, now
-from storage.files import copy_owner, make_folder, whole_file
+from storage.files import copy_owner, keep_private, make_folder, whole_file
 
 log = logging.getLogger("lanyard")
 
@@ -323,8 +323,7 @@ def ensure_admin_token(settings: Settings) -> None:
     make_folder(path.parent)
     if not path.exists() and not path.is_symlink():
         write_admin_token(path)
-    elif not path.is_symlink():  # the target is another program's to protect
-        path.chmod(0o600)
+    keep_private(path)
     read_admin_token(path)
 
 

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import sys
+import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 from types import SimpleNamespace
@@ -22,18 +23,34 @@ import gevent
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from ops import log_filters, metrics_files
-
-metrics_files.share()  # before the import of modules that make metrics
-
-import auth
 from config import LOOPBACK_NAMES, SettingError, Settings, odd_variables
-from webhooks import delivery
+from ops import log_filters, metrics_files
+from storage.files import explain
+
+
+def _find_temporary_folder() -> None:
+    """Have gunicorn and SQLite use the instance's folder when no other one can be written."""
+    with suppress(FileNotFoundError):
+        tempfile.gettempdir()
+        return
+    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = str(settings.instance)
+    tempfile.gettempdir()
+
 
 try:
     settings = Settings.from_env()
+    _find_temporary_folder()
+    metrics_files.share()  # before the import of modules that make metrics
 except SettingError as error:
     sys.exit(f"Lanyard will not start: {error}")
+except OSError as error:
+    sys.exit(
+        f"Lanyard will not start: LANYARD_INSTANCE must be a folder that can be written: {explain(error)}."
+    )
+
+import auth
+from webhooks import delivery
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 workers = settings.workers

@@ -40,6 +40,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def keep_private(path: Path) -> None:
+    """Set mode 0600 on a file of this process's user, unless it is a link to a file of another program."""
+    if not path.is_symlink() and path.stat().st_uid == os.geteuid():
+        path.chmod(0o600)
+
+
+def explain(error: OSError) -> str:
+    """Return the error's text; when permission was denied, also who owns the file, or its folder."""
+    path = str(error.filename)
+    if not isinstance(error, PermissionError) or not os.path.isabs(path):
+        return str(error)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    status = os.stat(path)
+    owner = f"{path} is of uid {status.st_uid} and gid {status.st_gid}, mode {status.st_mode & 0o7777:o}"
+    return f"{error}; {owner}, and this process has uid {os.geteuid()} and gid {os.getegid()}"
+
+
 def copy_owner(source: Path, target: Path) -> None:
     """Give `target` the owner of `source` when root runs this, so that the server can still use its files."""
     if os.geteuid() == 0:

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from flask import Flask
 from gevent import monkey
 
-from storage.files import copy_owner, make_folder, whole_file
+from storage.files import copy_owner, keep_private, make_folder, whole_file
 
 if TYPE_CHECKING:
     from config import Settings
@@ -77,14 +77,15 @@ def open_database(settings: Settings) -> None:
     :raises sqlite3.DatabaseError: when it is damaged or no database.
     """
     path = settings.database_file
-    if path.exists():
+    is_new = not path.exists()
+    # The -wal and -shm files take the database file's mode. Unlike SQLite's, an error here names the file.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    if not is_new:
         # Before the first write, which might damage it further.
         with closing(open_read_only(path)) as connection:
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("it is damaged, and was left as it is; put back a backup")
-    # The -wal and -shm files take the database file's mode.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(path, 0o600)
+    keep_private(path)
     with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")  # stored in the file
 

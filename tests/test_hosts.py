@@ -1,9 +1,13 @@
-"""Where Lanyard runs: on a server without its configuration, and mounted in another app."""
+"""Where Lanyard runs: other servers, other apps, read-only file systems, any user."""
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 import requests
 from support.hostile import drip, listening, say_nothing
 from support.receiver import Receiver
-from support.servers import Server, register
+from support.servers import Server, register, token_body
 
 from config import HERE
 
@@ -136,3 +140,99 @@ def test_the_page_names_every_module_that_a_host_must_not_have() -> None:
     modules = {path.stem for path in HERE.glob("*.py")} - {"gunicorn.conf"}
     modules |= {path.parent.name for path in HERE.glob("*/*.py")} - {"tests", "bench", "examples"}
     assert {name for name in modules if f"`{name}`" not in text} == set()
+
+
+def can_mount() -> bool:
+    """Whether this process may make file systems read-only for its children."""
+    command = ["unshare", "--mount", "mount", "--options", "remount,bind,ro", "/"]
+    may = os.geteuid() == 0 and shutil.which("unshare") is not None
+    return may and subprocess.run(command, capture_output=True).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs root and its own mounts")
+needs_users = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv"),
+    reason="needs root and setpriv",
+)
+
+READ_ONLY = f"""
+mount --bind "$LANYARD_INSTANCE" "$LANYARD_INSTANCE"
+for mounted in $(cut -d ' ' -f 2 /proc/mounts); do
+    case $mounted in
+        "$LANYARD_INSTANCE" | /proc*) ;;
+        *) mount -o remount,bind,ro "$mounted" 2> /dev/null ;;
+    esac
+done
+for folder in /tmp /var/tmp /dev/shm {HERE}; do
+    test -w "$folder" && echo "$folder can be written"
+done
+HOME=/nowhere exec {sys.executable} -m gunicorn wsgi:app
+"""
+
+
+def run_by(*command: str) -> tuple[str, ...]:
+    """A program for Python that is the command instead, under the same process id."""
+    return ("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *command)
+
+
+def run_as(uid: int) -> tuple[str, ...]:
+    """The server as another user of group 0, who may read this Python in root's home, but not write."""
+    user = ("setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups")
+    capability = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    return run_by(*user, *capability, sys.executable, "-m", "gunicorn", "wsgi:app")
+
+
+@needs_mounts
+def test_only_the_instance_needs_to_be_writable(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "instance").mkdir()
+    server = serve(LOCAL="1", program=run_by("unshare", "-m", "sh", "-c", READ_ONLY)).wait()
+    agent = register(server)
+    assert requests.post(f"{server.url}/oauth/token", json=token_body(agent)).status_code == 200
+    assert "lanyard_tokens_issued_total 1.0" in requests.get(f"{server.url}/metrics").text
+    log = server.stop()
+    assert log.startswith("Lanyard listens on "), log
+    assert len(log.splitlines()) == 5
+    left = {path.name for path in server.instance.iterdir() if not path.name.startswith("lanyard.db")}
+    assert left == {"admin_token", "serving.json"}
+
+
+@needs_users
+@pytest.mark.sqlite
+def test_any_user_whom_the_folders_group_lets_write_runs_it(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "instance"
+    folder.mkdir()
+    folder.chmod(0o770)
+    first = serve(LOCAL="1", program=run_as(1_000_740_000)).wait()
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    agent = register(first)
+    first.stop()
+    for file in folder.iterdir():
+        file.chmod(0o660)
+    database = folder / "lanyard.db"
+    second = serve(LOCAL="1", program=run_as(1_000_750_000)).wait()
+    assert requests.post(f"{second.url}/oauth/token", json=token_body(agent)).status_code == 200
+    assert (database.stat().st_uid, database.stat().st_mode & 0o777) == (1_000_740_000, 0o660)
+
+
+@needs_users
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(".", 0o750), ("lanyard.db", 0o600), ("lanyard.db.lock", 0o600)],
+)
+def test_what_another_user_owns_is_named_with_both_users(
+    serve: Serve, tmp_path: Path, name: str, mode: int
+) -> None:
+    folder = tmp_path / "instance"
+    folder.mkdir()
+    folder.chmod(0o770)
+    if name != ".":
+        (folder / name).touch()
+    (folder / name).chmod(mode)
+    server = serve(program=run_as(1_000_740_000))
+    assert server.process.wait(20) != 0
+    log = server.log.read_text()
+    assert log.startswith("Lanyard will not start: LANYARD_INSTANCE must be a folder that can be written: ")
+    assert f"; {folder / name} is of uid 0 and gid 0, mode {mode:o}, and" in log
+    assert log.endswith("this process has uid 1000740000 and gid 0.\n")
+    assert log.count("\n") == 1
