@@ -118,10 +118,13 @@ def _check_folder(settings: Settings) -> Results:
     for folder in {settings.instance, *([settings.database_file.parent] if settings.uses_sqlite else [])}:
         if not folder.is_dir():
             yield FAIL, f"There is no {folder}: start the server, or set LANYARD_INSTANCE."
-        elif folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        elif folder.stat().st_mode & stat.S_IWOTH:
             yield FAIL, f"Other users may change files in {folder}: chmod go-w {folder}"
         elif not os.access(folder, os.W_OK | os.X_OK):
             yield FAIL, f"{folder} cannot be written to: run as its owner."
+        elif folder.stat().st_mode & stat.S_IWGRP:
+            gid = folder.stat().st_gid
+            yield WARN, f"Group {gid} may change files in {folder}: chmod g-w, unless the server needs it."
         else:
             yield OK, f"Only its owner may write to {folder}."
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +19,9 @@ import yaml
 from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 from support.callers import OPERATOR
+from support.instances import environment_of
 from support.programs import DEPLOY, needs, nginx, through_nginx
-from support.servers import Server, free_port
+from support.servers import Server, as_user, free_port, instead, token_body
 
 from config import HERE, Settings
 
@@ -119,17 +124,66 @@ def test_the_unit_is_fenced_in(unit: Path) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
 
 
-def test_the_container_copies_existing_files_and_is_not_root() -> None:
+def container() -> list[list[str]]:
+    """The steps of the Containerfile, each with what it says."""
     lines = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ").splitlines()
-    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    return [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+
+
+def copied_files() -> list[Path]:
+    """What the container copies."""
+    sources = [source for step, rest in container() if step == "COPY" for source in rest.split()[:-1]]
+    return [path for source in sources for path in HERE.glob(source)]
+
+
+def test_the_container_copies_existing_files_and_is_not_root() -> None:
+    steps = container()
     known = {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK"}
     assert {step for step, _ in steps} <= known | {"STOPSIGNAL", "CMD"}
     sources = [source for step, rest in steps if step == "COPY" for source in rest.split()[:-1]]
     assert all(list(HERE.glob(source)) for source in sources)
-    copied = {path.name for source in sources for path in HERE.glob(source)}
+    copied = {path.name for path in copied_files()}
     needed = {path.parent.name for path in HERE.glob("*/*.py")} - {"tests", "bench", "examples"}
-    assert needed | {"gunicorn.conf.py", "wsgi.py", "requirements.txt"} <= copied
+    assert needed | {"gunicorn.conf.py", "wsgi.py", "requirements.txt", "lanyard"} <= copied
     assert next(rest for step, rest in steps if step == "USER") == "10001:10001"
+
+
+@pytest.fixture
+def code() -> Iterator[Path]:
+    """What is in the container, where any user may read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for path in copied_files():
+            copy: Callable[..., object] = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, Path(folder, path.name))
+        Path(folder, ".venv").symlink_to(sys.prefix)
+        yield Path(folder)
+
+
+def test_the_containers_files_are_enough_for_server_and_commands(
+    serve: Callable[..., Server], tmp_path: Path, code: Path
+) -> None:
+    """When root runs this, by any user of group 0, as on OpenShift."""
+    data = tmp_path / "instance"
+    data.mkdir()
+    data.chmod(0o770)
+    anyone = as_user(1_000_740_000) if os.geteuid() == 0 else ()
+    start = f"cd {code} && exec .venv/bin/python -m gunicorn wsgi:app"
+    server = serve(program=instead(*anyone, "sh", "-c", start)).wait()
+    command = [*anyone, code / "lanyard", "agents", "create", "--name", "x", "--json"]
+    created = subprocess.run(command, env=environment_of(data), text=True, capture_output=True)
+    assert created.returncode == 0, created.stderr
+    body = token_body(json.loads(created.stdout))
+    assert requests.post(f"{server.url}/oauth/token", json=body).status_code == 200
+
+
+def test_the_containers_context_is_what_it_copies() -> None:
+    lines = (HERE / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert rules[-1] == "**/__pycache__"
+    sources = {source for step, rest in container() if step == "COPY" for source in rest.split()[:-1]}
+    assert set(rules[1:-1]) == {f"!{source.removeprefix('./')}" for source in sources}
 
 
 def test_the_compose_file_builds_the_container_and_keeps_its_data() -> None:
@@ -139,9 +193,10 @@ def test_the_compose_file_builds_the_container_and_keeps_its_data() -> None:
     assert context == HERE
     assert (context / service["build"]["dockerfile"]).is_file()
     assert Settings.from_env(service["environment"]).trusted_proxies == 1
-    container = (DEPLOY / "Containerfile").read_text()
+    image = (DEPLOY / "Containerfile").read_text()
+    assert (service["read_only"], service.get("tmpfs")) == (True, None)
     for volume in service["volumes"]:
-        assert f"VOLUME {volume.split(':')[1]}" in container
+        assert f"VOLUME {volume.split(':')[1]}" in image
     assert [port.split(":")[0] for port in service["ports"]] == ["127.0.0.1"]
 
 

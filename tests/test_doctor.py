@@ -110,8 +110,10 @@ def test_files_of_another_owner_are_named(folder: Path) -> None:
 
 
 def test_a_folder_that_others_may_change_is_named(folder: Path) -> None:
-    folder.chmod(0o770)
+    folder.chmod(0o777)
     assert "chmod go-w" in found(folder, FAIL, "folder")
+    folder.chmod(0o770)
+    assert f"Group {folder.stat().st_gid} may change files" in found(folder, WARN, "folder")
 
 
 def test_a_bad_admin_token_is_named(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import requests
 from support.hostile import drip, listening, say_nothing
 from support.receiver import Receiver
-from support.servers import Server, register, token_body
+from support.servers import Server, as_user, instead, register, token_body
 
 from config import HERE
 
@@ -170,22 +170,15 @@ HOME=/nowhere exec {sys.executable} -m gunicorn wsgi:app
 """
 
 
-def run_by(*command: str) -> tuple[str, ...]:
-    """A program for Python that is the command instead, under the same process id."""
-    return ("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *command)
-
-
 def run_as(uid: int) -> tuple[str, ...]:
-    """The server as another user of group 0, who may read this Python in root's home, but not write."""
-    user = ("setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups")
-    capability = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
-    return run_by(*user, *capability, sys.executable, "-m", "gunicorn", "wsgi:app")
+    """The server as this user of group 0."""
+    return instead(*as_user(uid), sys.executable, "-m", "gunicorn", "wsgi:app")
 
 
 @needs_mounts
 def test_only_the_instance_needs_to_be_writable(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "instance").mkdir()
-    server = serve(LOCAL="1", program=run_by("unshare", "-m", "sh", "-c", READ_ONLY)).wait()
+    server = serve(LOCAL="1", program=instead("unshare", "-m", "sh", "-c", READ_ONLY)).wait()
     agent = register(server)
     assert requests.post(f"{server.url}/oauth/token", json=token_body(agent)).status_code == 200
     assert "lanyard_tokens_issued_total 1.0" in requests.get(f"{server.url}/metrics").text

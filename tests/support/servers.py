@@ -22,6 +22,17 @@ from config import HERE
 COMMAND = ("-m", "gunicorn", "wsgi:app")
 
 
+def as_user(uid: int) -> tuple[str, ...]:
+    """Run what follows as this user of group 0, who may read this Python in root's home, but not write."""
+    capability = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    return ("setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups", *capability)
+
+
+def instead(*command: str) -> tuple[str, ...]:
+    """A program for Python that is the command instead, under the same process id."""
+    return ("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", *command)
+
+
 class Server:
     """Real gunicorn on a free port, as a user would start it."""
 
