@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pkgutil
 import shlex
+import sys
 from typing import IO, Any
 
 import click
@@ -83,5 +85,13 @@ def lanyard(ctx: click.Context) -> None:
     )
 
 
+def _replace_what_cannot_be_shown() -> None:
+    """Print a question mark for each character that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None when it is closed
+            stream.reconfigure(errors="replace")
+
+
 if __name__ == "__main__":
+    _replace_what_cannot_be_shown()
     lanyard(prog_name="lanyard")

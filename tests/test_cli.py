@@ -318,3 +318,20 @@ def test_following_events_ends_quietly(environment: dict[str, str], how: str) ->
         process.kill()
         assert ended == (-signal.SIGINT if how == "Ctrl-C" else 0)
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("iso-8859-1", "J\xfcrgen ??? "), ("iso-8859-2", "J\xfcrgen ??? "), ("ascii", "J")],
+)
+def test_a_terminal_that_is_not_utf_8_gets_what_it_can_show(
+    environment: dict[str, str], encoding: str, shown: str
+) -> None:
+    """In ASCII, click writes UTF-8, as Python does itself in the locale C."""
+    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
+    create = [HERE / "lanyard", "agents", "create", "--name", "J\xfcrgen \U0001f916\u2192\u2026 "]
+    assert subprocess.run(create, env=environment, capture_output=True).returncode == 0
+    for command in (["agents", "list"], ["doctor"], ["agents", "show", "\u2192"], ["--help"]):
+        ended = subprocess.run([HERE / "lanyard", *command], env=environment, capture_output=True)
+        assert b"Traceback" not in ended.stderr
+        assert command != ["agents", "list"] or shown.encode(encoding) in ended.stdout
