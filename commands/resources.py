@@ -95,6 +95,10 @@ def show_agent(agent: str, as_json: bool) -> None:
     output.show(document, as_json)
 
 
+def _split_scopes(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> tuple[str, ...]:
+    return tuple(scope for text in given for scope in text.split(","))
+
+
 def _parse_metadata(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
     pairs = dict(text.split("=", 1) for text in given if "=" in text)
     if len(pairs) < len(given):
@@ -114,7 +118,13 @@ def _parse_jwks(ctx: click.Context, option: click.Parameter, file: IO[bytes] | N
 
 @agents_group.command("create")
 @click.option("--name", help="Name of the agent.")
-@click.option("--scope", "scopes", multiple=True, help="Scope that it may have; may repeat.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    callback=_split_scopes,
+    help="Scopes that it may have, separated by commas; may repeat.",
+)
 @click.option("--expires-in", type=int, metavar="SECONDS", help="Until it expires.  [default: never]")
 @click.option("--owner", help="Who is responsible for it.")
 @click.option("--description", help="What it is for.")

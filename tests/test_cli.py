@@ -65,6 +65,16 @@ def test_an_agent_made_here_gets_tokens(run: Run, client: FlaskClient, tmp_path:
     assert event["actor"] == "admin"
 
 
+def test_scopes_are_split_at_commas_and_audiences_are_not(run: Run) -> None:
+    audience = "https://a.example/x,y"
+    given = ("--name", "x", "--scope", "read,write", "--scope", "report:all", "--audience", audience)
+    agent = loaded(run("agents", "create", *given, "--json"))["agent"]
+    assert agent["scopes"] == ["read", "write", "report:all"]
+    assert agent["audiences"] == [audience]
+    assert "separated by commas" in run("agents", "create", "--help").stdout
+    assert loaded(run("agents", "create", "--name", "y", "--json"))["agent"]["scopes"] == []
+
+
 def test_an_agent_with_keys_signs_in_by_them(run: Run, tmp_path: Path) -> None:
     jwk = {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}
     file = tmp_path / "jwks.json"
@@ -81,12 +91,13 @@ def test_an_agent_with_keys_signs_in_by_them(run: Run, tmp_path: Path) -> None:
         ([], ["name: Missing data"]),
         (["--name", "", "--rate-limit", "0"], ["name: Length", "rate_limit: Must be"]),
         (["--name", "x", "--scope", "a b"], ["scopes.0: Not a scope token"]),
+        (["--name", "x", "--scope", "a,,b"], ["scopes.1: Not a scope token"]),
         (["--name", "x", "--auth-method", "magic"], ["token_endpoint_auth_method: Must be one of"]),
         (["--name", "x", "--metadata", "plain"], ["Give name=value"]),
         (["--name", "x", "--metadata", "a=1", "--metadata", "a=2"], ["each name once"]),
         (["--name", "x", "--jwks", os.devnull], ["The file is not valid JSON"]),
     ],
-    ids=["no name", "two fields", "scope", "method", "metadata", "repeated metadata", "jwks"],
+    ids=["no name", "two fields", "scope", "empty scope", "method", "metadata", "repeated metadata", "jwks"],
 )
 def test_each_bad_field_is_named(run: Run, options: list[str], told: list[str]) -> None:
     result = run("agents", "create", *options)
