@@ -50,6 +50,7 @@ except OSError as error:
     )
 
 import auth
+import events
 from webhooks import delivery
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
@@ -177,9 +178,12 @@ def _exit_when_idle(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Answer the connections that nobody has accepted, and let the deliveries in flight finish."""
+    """Answer the connections that nobody has accepted; record failures; let deliveries in flight finish."""
     for listener in getattr(worker, "listeners", ()):
         _answer_queue(worker, listener)
+    if worker.app.callable and "LANYARD" in worker.app.callable.config:
+        with worker.app.callable.app_context():
+            events.report_failures(everything=True)
     delivery.stop()
 
 

@@ -130,7 +130,13 @@ def _parse_jwks(ctx: click.Context, option: click.Parameter, file: IO[bytes] | N
 @click.option("--description", help="What it is for.")
 @click.option("--audience", "audiences", multiple=True, help="Resource that it may name; may repeat.")
 @click.option("--token-ttl", type=int, metavar="SECONDS", help="Lifetime of its access tokens.")
-@click.option("--rate-limit", type=int, metavar="N", help="Tokens that it may get in a minute.")
+@click.option("--rate-limit", type=int, metavar="N", help="Tokens and rotations in any 60 seconds.")
+@click.option(
+    "--require-client-auth-for-refresh",
+    is_flag=True,
+    default=None,
+    help="A refresh token needs client credentials.",
+)
 @click.option("--metadata", multiple=True, callback=_parse_metadata, metavar="NAME=VALUE", help="May repeat.")
 @click.option("--jwks", type=click.File("rb"), callback=_parse_jwks, help="File of its public JWK set.")
 @click.option(

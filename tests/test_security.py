@@ -155,6 +155,18 @@ def test_a_guesser_is_throttled_by_all_workers_and_after_a_restart(serve: Serve)
     assert ask(server, agent).status_code == 200
 
 
+def test_a_stop_records_the_failures_that_it_has_counted(serve: Serve) -> None:
+    settings = {"WORKERS": "1", "ADMIN_TOKEN": "the-operators-token"}
+    server = serve(**settings).wait()
+    agent = manage(server, "the-operators-token", json={"name": "x"}).json()
+    for _ in range(3):
+        assert ask(server, agent, "a guess").status_code == 401
+    server.stop()
+    server = serve(**settings).wait()
+    told = manage(server, "the-operators-token", path="/api/events?type=auth.failed").json()["events"]
+    assert [event["data"]["attempts"] for event in told] == [2, 1]
+
+
 def test_a_rate_limit_counts_the_tokens_of_all_workers(serve: Serve) -> None:
     server = serve(TRUSTED_PROXIES="1", ADMIN_TOKEN="the-operators-token").wait()
     agent = manage(server, "the-operators-token", json={"name": "x", "rate_limit": 5}).json()
