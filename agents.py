@@ -69,7 +69,7 @@ def show_agent(agent_id: str) -> dict[str, Any]:
 
 
 @management.route(_ONE, methods=["PATCH", "PUT"])
-@management.arguments(schemas.AgentUpdate)
+@management.arguments(schemas.AgentUpdate(partial=True))
 @management.response(200, schemas.AgentResponse)
 @management.errors(409, conflict=_NEEDS_KEYS)
 def update_agent(fields: dict[str, Any], agent_id: str) -> dict[str, Any]:

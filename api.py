@@ -170,9 +170,7 @@ def canonical(name: str) -> str:
 
 def is_text(value: object) -> bool:
     """Return whether `value` is a string without lone surrogates, which UTF-8 lacks, and without NUL."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
 
 
 @lru_cache(maxsize=256)

@@ -101,24 +101,16 @@ def record(
     if agent is not None:
         data = {"agent_id": agent.id, "agent_name": agent.name, "client_id": agent.client_id, **data}
     moment = now()
-    row = {
-        "id": new_id("evt_"),
-        "type": type_,
-        "created_at": moment,
-        "actor": OPERATOR,
-        "agent_id": data.get("agent_id"),
-        "address": None,
-        "request_id": None,
-        "data": data,
-    }
+    row = {"id": new_id("evt_"), "type": type_, "created_at": moment, "agent_id": data.get("agent_id")}
+    row |= {"actor": OPERATOR, "address": None, "request_id": None, "data": data}
     if caller is not None:
         row |= caller
     elif has_request_context():
         row |= {"actor": g.get("actor", NOBODY), "address": request.remote_addr, "request_id": g.request_id}
     event_pk: int = connection.execute(_INSERT, row).scalar_one()
     if only_webhook is not None:
-        delivery = {"webhook_pk": only_webhook, "event_pk": event_pk}
-        connection.execute(sa.insert(Delivery), {**delivery, "created_at": moment, "next_attempt_at": moment})
+        times = {"created_at": moment, "next_attempt_at": moment}
+        connection.execute(sa.insert(Delivery), {"webhook_pk": only_webhook, "event_pk": event_pk, **times})
     else:
         group = f"{type_.partition('.')[0]}.*"
         connection.execute(_OUTBOX, {"event": event_pk, "now": moment, "type": type_, "group": group})

@@ -70,11 +70,6 @@ _ACTIVE_AT = doc("When the agent last got a token or changed itself.", _TIME)
 _TOKEN_AT = doc("When the agent last got a token.", _TIME)
 
 
-class _Update(Schema):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(partial=True, **options)
-
-
 class AgentFields(Schema):
     """The fields of an agent that an operator sets."""
 
@@ -126,7 +121,7 @@ class AgentCreate(AgentFields):
             raise ValidationError("private_key_jwt needs the agent's public keys.", "jwks")
 
 
-class AgentUpdate(_Update, AgentFields):
+class AgentUpdate(AgentFields):
     """Changes to an agent. Fields left out stay as they are."""
 
     examples = {
@@ -337,7 +332,7 @@ class WebhookCreate(Schema):
     max_retries = fields.Integer(strict=True, validate=Range(0, 9), **_MAX_RETRIES)
 
 
-class WebhookUpdate(_Update, WebhookCreate):
+class WebhookUpdate(WebhookCreate):
     """Changes to a webhook. Fields left out stay as they are."""
 
     examples = {"Switch on": {"is_active": True}}

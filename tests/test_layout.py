@@ -28,7 +28,22 @@ FLOORS = (
 MOST_MODULES = 17
 MOST_LINES = 600
 MOST_LINES_OF_A_FUNCTION = 40
-MOST_LINES_OF_ALL = 8_582
+# Lines of what runs in production: what there was, and the price of each capability since.
+PRICES = {
+    "the first small version": 8_200,
+    "rate limits of any 60 seconds, limits of rotations": 78,
+    "failed sign-ins in the audit log, counted by agent": 53,
+    "guesses behind ports and proxies, clocks set back": 14,
+    "refresh tokens that need client credentials": 27,
+    "one warning of a kind a minute": 56,
+    "access ended on a full disk": 125,
+    "receivers that do harm": 65,
+    "even and strict assertions, lost audiences": 42,
+    "audiences and issuers compared as URIs": 56,
+    "discovery, links and sentences that clients expect": 52,
+    "a database that is not the server's": 81,
+    "hosts: containers, mounts, terminals, Kubernetes": 101,
+}
 LONGEST_TEST_NAME = 70
 
 
@@ -110,7 +125,7 @@ def test_files_and_functions_are_short(file: Path) -> None:
 
 
 def test_the_whole_is_small() -> None:
-    assert sum(len(file.read_text().splitlines()) for file in product()) <= MOST_LINES_OF_ALL
+    assert sum(len(file.read_text().splitlines()) for file in product()) <= sum(PRICES.values())
 
 
 def test_every_blueprint_under_api_is_guarded(make_app: Callable[..., Flask]) -> None:

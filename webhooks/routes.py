@@ -78,7 +78,7 @@ def show_webhook(webhook_id: str) -> dict[str, Any]:
 
 
 @bp.route("/webhooks/<webhook_id>", methods=["PATCH", "PUT"])
-@bp.arguments(schemas.WebhookUpdate)
+@bp.arguments(schemas.WebhookUpdate(partial=True))
 @bp.response(200, schemas.WebhookResponse)
 def update_webhook(fields: dict[str, Any], webhook_id: str) -> dict[str, Any]:
     """Change a webhook.
