@@ -23,7 +23,7 @@ from models import Agent, ClientSecret, RefreshFamily, Rotation, UsageDay, has_w
 
 USAGE_DAYS = 30
 ROTATIONS_SHOWN = 100
-REFUSAL_PAUSE = 0.05  # seconds: many connections that ask again at once take no time from others
+REFUSAL_PAUSE = 0.05  # seconds; slows down an agent that tries again without waiting
 ROTATIONS_A_MINUTE = 6  # by the agent itself: each costs a hash of tens of milliseconds
 _turns = [threading.Lock() for _ in range(64)]
 _NO_SECRET = "This agent has no client secret: PATCH its jwks to give it other keys."
@@ -296,8 +296,8 @@ def _check_rotation(connection: sa.Connection, agent: Any, rotated_by: str) -> N
         own = sa.select(Rotation.rotated_at).where(
             Rotation.agent_pk == agent.pk, Rotation.rotated_by == "self"
         )
-        first = connection.scalar(own.order_by(Rotation.pk.desc()).offset(ROTATIONS_A_MINUTE - 1).limit(1))
-        if first is not None and timedelta(0) <= (since := now() - first) < credentials.MINUTE:
+        sixth = connection.scalar(own.order_by(Rotation.pk.desc()).offset(ROTATIONS_A_MINUTE - 1).limit(1))
+        if sixth is not None and timedelta(0) <= (since := now() - sixth) < credentials.MINUTE:
             text = f"An agent may rotate its secret {ROTATIONS_A_MINUTE} times a minute."
             raise credentials.too_many_requests(text, credentials.MINUTE - since)
 

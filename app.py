@@ -33,7 +33,7 @@ from migrations import upgrade
 from models import NEWEST_KEY, DecryptionError, RevokedToken, db, new_id, now
 from ops import access_log, cleanup, metrics
 from storage import sqlite
-from storage.files import copy_owner, explain, whole_file
+from storage.files import copy_owner, describe_error, whole_file
 from webhooks import routes as webhooks
 
 log = logging.getLogger("lanyard")
@@ -125,7 +125,7 @@ def create_app(settings: Settings | None = None, *, serving: bool = False) -> Fl
 
 def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
     if not serving:
-        settings.check_noted()
+        settings.check_same_database()
     if not serving and settings.uses_sqlite and not settings.database_file.exists():
         raise SettingError(
             f"LANYARD_INSTANCE must be the server's, which has been started once: there is no"
@@ -139,7 +139,7 @@ def _open_instance(app: Flask, settings: Settings, serving: bool) -> None:
         raise SettingError(f"{error}.") from None
     except OSError as error:
         raise SettingError(
-            f"LANYARD_INSTANCE must be a folder that can be written: {explain(error)}."
+            f"LANYARD_INSTANCE must be a folder that can be written: {describe_error(error)}."
         ) from None
     except (DBAPIError, sqlite3.DatabaseError) as error:
         reason = database.error_text(error)
@@ -151,9 +151,12 @@ def _prepare_database(settings: Settings, serving: bool, is_first: bool) -> None
     upgrade.bring_up_to_date(db.engine, settings, may_change=serving)
     if serving:
         auth.ensure_admin_token(settings)
-        if settings.noted() != settings.to_note():  # a full disk stops no start
-            with whole_file(settings.note) as draft:
-                draft.write_text(json.dumps(settings.to_note()))
+        # Not by a start that fails since another server runs. Unchanged, it is not written: a full disk must
+        # not prevent a start.
+        is_own = is_first or not settings.uses_sqlite
+        if is_own and settings.read_served() != settings.as_served():
+            with whole_file(settings.served_file) as draft:
+                draft.write_text(json.dumps(settings.as_served()))
                 copy_owner(settings.instance, draft)
     # A command that ends access must start on a full disk.
     with database.writing(reserve=0) as connection:
@@ -225,7 +228,7 @@ def _assign_request_id() -> None:
     given = request.headers.get("X-Request-Id", "")
     is_good = _REQUEST_ID.fullmatch(given) and not _SECRET.search(given)
     g.returned_id = given if is_good else new_id("req_")
-    # The admin token is returned as any other id is: who guesses must not learn that a guess is right.
+    # The admin token is returned as any other id is, or guesses could be told apart; it is never stored.
     g.request_id = new_id("req_") if auth.is_admin_token(g.returned_id) else g.returned_id
 
 

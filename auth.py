@@ -33,8 +33,8 @@ from storage.files import copy_owner, keep_private, make_folder, whole_file
 log = logging.getLogger("lanyard")
 
 ADMIN_SCOPE = "admin"
-_FOREIGN = "The access token is malformed or of another server."
-_NO_ADMIN_TOKEN = "This is not the admin token, and no access token of this server."
+_NOT_OURS = "The access token is malformed or of another server."
+_NO_ADMIN_TOKEN = "The token is neither the admin token nor an access token of this server."
 _WRONG_BASIC = "The user or the admin token is wrong: Basic takes the user admin, with the token as password."
 _NO_TOKEN = (
     "Send Authorization: Bearer with an access token; the management API takes the admin token,"
@@ -66,7 +66,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
             token = keys.verify(token_string)
         except (JoseError, ValueError, TypeError):
             # joserfc lets the latter two through for headers that no signer would write.
-            raise InvalidTokenError(_FOREIGN) from None
+            raise InvalidTokenError(_NOT_OURS) from None
         options: Any = {name: {"essential": True} for name in ("exp", "iat", "sub", "jti", "client_id")}
         options["iss"] = {"essential": True, "value": self.issuer}
         options["aud"] = {"essential": True}
@@ -78,7 +78,7 @@ class AccessTokenValidator(JWTBearerTokenValidator):
         """Refuse a token that is expired, revoked, of another type or audience, or of an inactive agent."""
         # RFC 9068 §4: `typ` is required, which keeps other JWTs of this issuer out (RFC 8725 §3.11).
         if str(token.header.get("typ")).lower() not in ("at+jwt", "application/at+jwt"):
-            raise InvalidTokenError("This is no access token.")
+            raise InvalidTokenError("This is not an access token.")
         try:
             token.validate(now=int(now().timestamp()))
         except ExpiredTokenError:
@@ -186,7 +186,7 @@ def _require(scope: str | None) -> None:
         events.set_caller(g.agent.id, g.agent.client_id)
     except InvalidTokenError as error:
         events.count_failure("access_token")
-        text = _NO_ADMIN_TOKEN if scope and error.description == _FOREIGN else error.description
+        text = _NO_ADMIN_TOKEN if scope and error.description == _NOT_OURS else error.description
         raise _challenge(401, "invalid_token", text) from None
     except InsufficientScopeError:
         text = f"This needs an access token with the scope {scope}."
@@ -194,14 +194,13 @@ def _require(scope: str | None) -> None:
     except (MissingAuthorizationError, UnsupportedTokenTypeError) as error:
         scheme = request.headers.get("Authorization", "").strip().lower()
         if scheme == "bearer":
-            raise _challenge(401, "invalid_token", _FOREIGN) from error
+            raise _challenge(401, "invalid_token", _NOT_OURS) from error
         # RFC 6750 §3.1: the challenge to a request without a token has no error code.
-        raise Problem(
-            401,
-            "unauthorized",
-            _WRONG_BASIC if scope and scheme.startswith("basic ") else _NO_TOKEN,
-            headers={"WWW-Authenticate": f"Bearer {_resource_metadata()}"},
-        ) from None
+        challenge = f"Bearer {_resource_metadata()}"
+        if scope and scheme.startswith("basic "):
+            challenges = {"WWW-Authenticate": f'{challenge}, Basic realm="lanyard"'}
+            raise Problem(401, "unauthorized", _WRONG_BASIC, headers=challenges) from None
+        raise Problem(401, "unauthorized", _NO_TOKEN, headers={"WWW-Authenticate": challenge}) from None
 
 
 def _challenge(status: int, error: str, description: str, **attributes: str) -> Problem:
@@ -346,7 +345,7 @@ def _refuse_foreign_requests() -> None:
         (not _LOCAL_HOST.fullmatch(host), "a Host other than localhost"),
         (any(_FORWARDING_HEADERS.fullmatch(name) for name, _ in request.headers), "a forwarded request"),
         (not same_origin or not same_site, "a page of another site"),
-        (has_body and not is_typed, "a body other than application/json: send it with that Content-Type"),
+        (has_body and not is_typed, "a body without Content-Type: application/json"),
     ):
         if is_refused:
             raise Problem(403, "forbidden", f"Local mode does not answer {what}.")

@@ -262,7 +262,7 @@ class ClientAssertion(JWTBearerClientAssertion):
     def resolve_client_public_key(self, client: Client) -> KeySet:
         self.agent = client.row
         # Without keys, keys that nobody has: the refusal takes as long.
-        jwks = client.row.jwks if client.row and client.row.jwks else _foreign_keys()
+        jwks = client.row.jwks if client.row and client.row.jwks else _decoy_keys()
         # RFC 9864: EdDSA and Ed25519 are one algorithm here, and a key that names one verifies both.
         members = [
             {name: key[name] for name in key if key["kty"] != "OKP" or name != "alg"} for key in jwks["keys"]
@@ -332,7 +332,7 @@ class ClientAssertion(JWTBearerClientAssertion):
 
 
 @cache
-def _foreign_keys() -> Any:
+def _decoy_keys() -> Any:
     """Return public keys whose private halves are gone, as a JWK set."""
     made: list[Any] = [ECKey.generate_key("P-256"), RSAKey.generate_key(2048)]
     return KeySet(made).as_dict(private=False)

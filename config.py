@@ -32,8 +32,11 @@ DAY = 86_400
 _SERVICE = re.compile(r"(tcp|udp|sctp)://")
 _OF_KUBERNETES = re.compile(r"LANYARD_(SERVICE_HOST|SERVICE_PORT.*|PORT_[0-9]+_.*)")
 POSTGRESQL = "postgresql+psycopg://"
-_NOTED = "host port local issuer audience signing_alg trusted_proxies webhook_allow_private"
-NOTED = tuple(_NOTED.split())  # what a starting server notes beside its database's name
+# What a starting server writes into its instance's folder, besides its database.
+SERVED_NAMES = (
+    *("host", "port", "local", "issuer", "audience", "signing_alg"),
+    *("trusted_proxies", "webhook_allow_private"),
+)
 # Options of psycopg's own that cannot be given as text.
 _NOT_IN_URL = {"autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory"}
 
@@ -110,26 +113,26 @@ class Settings:
         return urlsplit(self.issuer).path.rstrip("/") + path
 
     @property
-    def note(self) -> Path:
-        """The file in which a starting server notes what it serves, for commands."""
+    def served_file(self) -> Path:
+        """The file in which a starting server records what it serves, for commands."""
         return self.instance / "serving.json"
 
-    def noted(self) -> dict[str, Any]:
-        """Return `database` and NOTED as the instance's last server started with them; {} without a note."""
+    def read_served(self) -> dict[str, Any]:
+        """Return `database` and SERVED_NAMES as the instance's last server had them; {} if there was none."""
         with suppress(OSError, ValueError):
-            return dict(json.loads(self.note.read_text()))
+            return dict(json.loads(self.served_file.read_text()))
         return {}
 
-    def to_note(self) -> dict[str, Any]:
-        """Return what a server notes: no secrets."""
-        return {name: getattr(self, name) for name in NOTED} | {"database": self._database_in_instance}
+    def as_served(self) -> dict[str, Any]:
+        """Return what a server writes into `served_file`: no secrets."""
+        return {name: getattr(self, name) for name in SERVED_NAMES} | {"database": self._database_in_instance}
 
-    def check_noted(self) -> None:
+    def check_same_database(self) -> None:
         """Refuse to use another database than the instance's server.
 
         :raises SettingError:
         """
-        served, own = self.noted().get("database"), self._database_in_instance
+        served, own = self.read_served().get("database"), self._database_in_instance
         if served not in (None, own):
             raise SettingError(
                 f"LANYARD_DATABASE_URL must be the server's: it serves {served}, and this command would use"
@@ -138,12 +141,14 @@ class Settings:
 
     @property
     def _database_in_instance(self) -> str:
-        """The database's name, relative to the instance's folder, which may be moved, if it is in there."""
-        if self.uses_sqlite and self.database_file.is_relative_to(self.instance):
-            return str(self.database_file.relative_to(self.instance))
+        """The database without its password; a file in the instance is relative to it, which may be moved."""
+        if self.uses_sqlite:
+            file = self.database_file
+            return str(file.relative_to(self.instance) if file.is_relative_to(self.instance) else file)
         url = make_url(self.database_url)
-        named = {"host": url.host, "port": url.port or 5432, "service": None} | url.query
-        return f"postgresql://{str(named['host']).lower()}:{named['port']}/{url.database}, {named['service']}"
+        named = {"host": url.host, "port": url.port or 5432} | url.query
+        service = f", service {named['service']}" if "service" in named else ""
+        return f"postgresql://{str(named['host']).lower()}:{named['port']}/{url.database}{service}"
 
     @property
     def uses_sqlite(self) -> bool:
@@ -194,7 +199,7 @@ def settings() -> Settings:
     return state().settings
 
 
-def odd_variables(env: Mapping[str, str] = os.environ) -> list[str]:
+def ignored_variables(env: Mapping[str, str] = os.environ) -> list[str]:
     """Return a sentence for each `LANYARD_*` variable that sets nothing."""
     known = {f"LANYARD_{name.upper()}" for name in Settings.__dataclass_fields__} | {"LANYARD_SECRET_KEY"}
     ours = sorted(name for name in env if name.startswith("LANYARD_") and not _OF_KUBERNETES.fullmatch(name))

@@ -319,7 +319,7 @@ def refuse_over_limit(connection: sa.Connection, agent: Any) -> None:
     for second, count in connection.execute(_RECENT, window):
         left -= count
         if left <= 0:
-            # Sixty seconds may begin and end within a second: they touch 61.
+            # A window of 60 seconds overlaps 61 of the counted seconds.
             wait = second + MINUTE - moment + timedelta(seconds=1)
             text = f"This agent may have {agent.rate_limit} tokens and rotations a minute."
             raise too_many_requests(text, wait)

@@ -23,9 +23,9 @@ import gevent
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from config import LOOPBACK_NAMES, SettingError, Settings, odd_variables
+from config import LOOPBACK_NAMES, SettingError, Settings, ignored_variables
 from ops import log_filters, metrics_files
-from storage.files import explain
+from storage.files import describe_error
 
 
 def _find_temporary_folder() -> None:
@@ -45,9 +45,8 @@ try:
 except SettingError as error:
     sys.exit(f"Lanyard will not start: {error}")
 except OSError as error:
-    sys.exit(
-        f"Lanyard will not start: LANYARD_INSTANCE must be a folder that can be written: {explain(error)}."
-    )
+    reason = describe_error(error)
+    sys.exit(f"Lanyard will not start: LANYARD_INSTANCE must be a folder that can be written: {reason}.")
 
 import auth
 import events
@@ -116,7 +115,7 @@ def when_ready(server: Any) -> None:
     gc.collect()
     gc.freeze()
     url = ", ".join(str(socket) for socket in server.LISTENERS)
-    for sentence in odd_variables():
+    for sentence in ignored_variables():
         print(sentence, file=sys.stderr)
     print(f"Lanyard listens on {url}", file=sys.stderr)
     for line in [*_first_steps(url), *_warn_of_issuer(server.LISTENERS)]:
@@ -207,7 +206,7 @@ def _first_steps(url: str) -> list[str]:
     ]
     if not settings.local:
         where = "LANYARD_ADMIN_TOKEN" if settings.admin_token else auth.admin_token_file(settings)
-        return [f"The management API wants the admin token, which is in {where}.", *names]
+        return [f"The management API requires the admin token, which is in {where}.", *names]
     body = """'{"name": "my-first-agent", "scopes": ["read"]}'"""
     return [
         "Local mode: the management API is open to this machine, and to this machine only.",

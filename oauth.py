@@ -214,7 +214,7 @@ class RefreshTokenGrant(grants.RefreshTokenGrant):
             raise InvalidRequestError("Send refresh_token.")
         client_id = self.request.form.get("client_id")
         is_authenticated = client_auth.carries_credentials(self.request)
-        if is_authenticated or settings().require_client_auth_for_refresh:
+        if is_authenticated:
             client_id = client_auth.authenticate(self.request).get_client_id()
         client = tokens.use_refresh_token(text, is_authenticated)
         if client_id not in (None, client.get_client_id()):

@@ -158,7 +158,10 @@ def use_refresh_token(text: str, is_authenticated: bool) -> Client:
     :raises AuthenticationFailed: when the agent needs credentials; the family stays as it is.
     """
     client = find_by_refresh_token(text)
-    if client is not None and not is_authenticated and client.row.require_client_auth_for_refresh:
+    is_required = settings().require_client_auth_for_refresh or (
+        client is not None and client.row.require_client_auth_for_refresh
+    )
+    if is_required and not is_authenticated:
         raise AuthenticationFailed(_NEEDS_CREDENTIALS, reason="malformed")
     if client is not None and not _is_newest(client, text):
         _end_reused_family(client)

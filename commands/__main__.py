@@ -56,7 +56,7 @@ def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) ->
 def _read_env_file(ctx: click.Context, option: click.Parameter, file: IO[str] | None) -> None:
     """Take over the LANYARD_* variables of a file in the form of systemd's EnvironmentFile."""
     for line in file or ():
-        name, is_set, value = line.strip().partition("=")
+        name, is_set, value = line.strip().removeprefix("export ").partition("=")
         if is_set and name.startswith("LANYARD_"):
             try:
                 os.environ[name] = " ".join(shlex.split(value))

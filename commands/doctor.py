@@ -18,7 +18,7 @@ import auth
 import keys
 from api import rfc3339
 from commands import backup
-from config import LOOPBACK_NAMES, NOTED, SettingError, Settings, odd_variables
+from config import LOOPBACK_NAMES, SERVED_NAMES, SettingError, Settings, ignored_variables
 from database import error_text, stored_secrets
 from migrations import upgrade
 from models import Agent, Delivery, Event, SigningKey, Webhook, is_encrypted, now
@@ -63,8 +63,10 @@ def examine(settings: Settings | None = None) -> Iterator[Finding]:
 
 def _settings_of_server() -> Settings:
     settings = Settings.from_env()
-    settings.check_noted()
-    return replace(settings, **{name: value for name, value in settings.noted().items() if name in NOTED})
+    settings.check_same_database()
+    return replace(
+        settings, **{name: value for name, value in settings.read_served().items() if name in SERVED_NAMES}
+    )
 
 
 def _run(checks: Iterable[Callable[..., Results]], *arguments: object) -> Iterator[Finding]:
@@ -81,7 +83,7 @@ def _problems(level: str, problems: list[str], otherwise: str) -> Results:
 
 
 def _check_settings(settings: Settings) -> Results:
-    found = odd_variables()
+    found = ignored_variables()
     is_https = settings.issuer.startswith("https:")
     is_local = urlsplit(settings.issuer).hostname in LOOPBACK_NAMES
     if is_https and not settings.trusted_proxies:
@@ -327,7 +329,7 @@ def _check_webhooks(connection: sa.Connection, settings: Settings) -> Results:
         try:
             ssrf.parse(url, allow_private=settings.webhook_allow_private)
         except ssrf.Refused as refusal:
-            found.append(f"{name!r} gets nothing, unless the server has LANYARD_LOCAL=1: {refusal}")
+            found.append(f"{name!r} gets nothing: {refusal}")
     dead = sa.select(Webhook.id, sa.func.count()).join(Delivery).where(Delivery.status == "dead")
     found += [
         f"{count} deliveries are dead: ./lanyard webhooks deliveries {id_} --status dead"

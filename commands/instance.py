@@ -59,7 +59,7 @@ def back_up(file: Path, force: bool, as_json: bool) -> None:
     neither the admin token nor LANYARD_SECRET_KEY: store them elsewhere.
     """
     settings = Settings.from_env()
-    settings.check_noted()
+    settings.check_same_database()
     with output.progress("Copying") as progress:
         _module(settings).back_up(settings, file, overwrite=force, progress=progress)
     size = file.stat().st_size

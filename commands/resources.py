@@ -96,7 +96,7 @@ def show_agent(agent: str, as_json: bool) -> None:
 
 
 def _split_scopes(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> tuple[str, ...]:
-    return tuple(scope for text in given for scope in text.split(","))
+    return tuple(scope.strip() for text in given for scope in text.split(","))
 
 
 def _parse_metadata(ctx: click.Context, option: click.Parameter, given: Sequence[str]) -> dict[str, str]:

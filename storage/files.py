@@ -46,7 +46,7 @@ def keep_private(path: Path) -> None:
         path.chmod(0o600)
 
 
-def explain(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """Return the error's text; when permission was denied, also who owns the file, or its folder."""
     path = str(error.filename)
     if not isinstance(error, PermissionError) or not os.path.isabs(path):

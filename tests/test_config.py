@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import SettingError, Settings, odd_variables
+from config import SettingError, Settings, ignored_variables
 
 
 def read(**variables: str) -> Settings:
@@ -162,7 +162,7 @@ def test_an_empty_variable_counts_as_not_set() -> None:
 
 
 def test_misspelt_settings_are_found() -> None:
-    (sentence,) = odd_variables({"LANYARD_PROT": "80", "LANYARD_PORT": "80", "HOME": "/"})
+    (sentence,) = ignored_variables({"LANYARD_PROT": "80", "LANYARD_PORT": "80", "HOME": "/"})
     assert "LANYARD_PROT" in sentence
 
 
@@ -177,5 +177,5 @@ def test_what_kubernetes_sets_for_a_service_counts_as_unset() -> None:
         "ISSUER": "https://id.example.com",
     }
     assert (read(**pod).port, read(**pod).issuer) == (8080, "https://id.example.com")
-    (sentence,) = odd_variables({f"LANYARD_{name}": value for name, value in pod.items()})
+    (sentence,) = ignored_variables({f"LANYARD_{name}": value for name, value in pod.items()})
     assert "LANYARD_PORT " in sentence

@@ -16,7 +16,7 @@ from cryptography.fernet import Fernet
 from flask import Flask
 from support.callers import OPERATOR
 from support.clock import Clock
-from support.instances import ADMIN_TOKEN, engine_of, settings_for
+from support.instances import ADMIN_TOKEN, close, engine_of, settings_for
 from support.servers import Server, lanyard
 
 from commands import doctor
@@ -287,3 +287,14 @@ def test_an_instance_may_be_moved(make_app: Callable[..., Flask], tmp_path: Path
     (tmp_path / "instance").rename(tmp_path / "moved")
     env = {"LANYARD_INSTANCE": str(tmp_path / "moved"), "LANYARD_ADMIN_TOKEN": ADMIN_TOKEN}
     assert CliRunner().invoke(commands, ["agents", "list"], env=env).exit_code == 0
+
+
+@pytest.mark.sqlite
+def test_a_start_beside_a_running_server_does_not_speak_for_it(
+    make_app: Callable[..., Flask], tmp_path: Path
+) -> None:
+    running = make_app(ISSUER="https://id.example.com")
+    make_app(ISSUER="https://other.example.com")
+    served = settings_for(tmp_path / "instance").read_served()
+    assert served["issuer"] == "https://id.example.com"
+    close(running)

@@ -159,7 +159,7 @@ class Deliverer:
     def _attempt(self, delivery: Any) -> None:
         try:
             with self._app.app_context():
-                _judge(delivery, _send(delivery))
+                _record_or_fail(delivery, _send(delivery))
         except Exception as error:
             # The delivery stays due: without a pause, a full disk would have it sent over and over.
             _log_failure("The outcome of a webhook delivery cannot be recorded", error)
@@ -226,7 +226,7 @@ def _secrets(delivery: Any) -> list[str]:
     return [decrypt(secret, settings().secret_keys) for secret in stored]
 
 
-def _judge(attempted: Any, outcome: Outcome) -> None:
+def _record_or_fail(attempted: Any, outcome: Outcome) -> None:
     """Record an attempt's outcome; one that cannot be recorded, whatever the response, counts as a failure.
 
     :raises DBAPIError: when the database does not answer.

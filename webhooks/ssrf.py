@@ -64,7 +64,7 @@ def parse(url: str, *, allow_private: bool) -> SplitResult:
     if not url.isascii() or not url.isprintable() or any(c in url for c in ' "<>\\^`{|}#'):
         raise Refused("The URL must be printable ASCII without spaces, quotes, brackets or a fragment.")
     if parts.scheme != "https" and not (allow_private and parts.scheme == "http"):
-        raise Refused("The URL must begin with https:// (or LANYARD_WEBHOOK_ALLOW_PRIVATE be 1).")
+        raise Refused("The URL must begin with https:// unless LANYARD_WEBHOOK_ALLOW_PRIVATE is 1.")
     if not parts.hostname or port == 0:
         raise Refused("The URL must name a host.")
     if "@" in parts.netloc:
