@@ -15,10 +15,11 @@ run: .venv/installed ## start Lanyard in local mode on http://localhost:8080
 
 install: .venv/installed ## install Lanyard's dependencies into .venv
 
-test: .venv/installed-dev tests/node/node_modules ## run the tests
-	@$(BIN)/pytest
+test: .venv/installed-dev tests/node/node_modules ## run the tests, but for those that take long
+	@$(BIN)/pytest -m "not long"
 
-test-long: .venv/installed-dev ## run the tests that generate examples, with many more examples
+test-long: .venv/installed-dev tests/node/node_modules ## run the others, and generate many more examples
+	@$(BIN)/pytest -m long
 	@HYPOTHESIS_PROFILE=long $(BIN)/pytest tests/test_properties.py tests/test_fuzz.py tests/test_round_trips.py tests/test_openapi.py
 
 test-postgresql: .venv/installed-dev tests/node/node_modules ## run the tests on a PostgreSQL started for them
@@ -41,7 +42,7 @@ check: .venv/installed-dev ## lint, check format and types, and look for known v
 bench: .venv/installed-dev ## measure beside an empty Flask route (about half an hour)
 	@$(BIN)/python bench/bench.py
 
-soak: .venv/installed-dev ## inject faults under load, and check that nothing acknowledged is lost (three minutes)
+soak: .venv/installed-dev ## inject faults under load, and check that nothing acknowledged is lost (five minutes)
 	@$(BIN)/python tests/soak/soak.py
 
 # The tests of JavaScript clients are skipped without npm.

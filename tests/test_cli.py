@@ -331,6 +331,7 @@ def test_following_events_ends_quietly(environment: dict[str, str], how: str) ->
         assert process.stderr.read() == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("encoding", "shown"),
     [("iso-8859-1", "J\xfcrgen ??? "), ("iso-8859-2", "J\xfcrgen ??? "), ("ascii", "J")],

@@ -24,6 +24,8 @@ from support.servers import Server, free_port, register, token_body
 
 from config import HERE
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = HERE / "examples"
 # What version 1 of the MCP SDK calls the things that `mcp_client.mjs` imports from version 2.
 VERSION_1 = """

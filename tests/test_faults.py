@@ -82,19 +82,23 @@ SCENES: dict[str, Callable[[Stage], Scene]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("play", SCENES.values(), ids=SCENES)
 def test_acknowledged_changes_survive(stage: Stage, play: Callable[[Stage], Scene]) -> None:
     check(play(stage))
 
 
+@pytest.mark.long
 def test_broken_requests_fill_no_log_and_stop_nobody(stage: Stage) -> None:
     check(floods.log_flood(stage, times=500))
 
 
+@pytest.mark.long
 def test_rotations_of_one_agent_stop_nobody(stage: Stage) -> None:
     check(floods.rotation_flood(stage, seconds=1))
 
 
+@pytest.mark.long
 def test_acknowledged_changes_survive_read_only_files(stage: Stage) -> None:
     try:
         check(scenes.read_only(stage, times=1, seconds=0.7))
@@ -102,6 +106,7 @@ def test_acknowledged_changes_survive_read_only_files(stage: Stage) -> None:
         pytest.skip(str(reason))
 
 
+@pytest.mark.long
 def test_acknowledged_changes_survive_a_full_disk(small_disk: Stage) -> None:
     check(scenes.full_disk(small_disk, times=1, seconds=1.5))
 

@@ -20,6 +20,8 @@ from support.servers import Server, as_user, instead, register, token_body
 
 from config import HERE
 
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Server]
 
 # Without gunicorn.conf.py, and so without gevent.

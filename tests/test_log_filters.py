@@ -123,6 +123,7 @@ def added(server: Server, before: str) -> list[str]:
     return server.log.read_text().removeprefix(before).splitlines()
 
 
+@pytest.mark.long
 def test_a_database_that_does_not_answer_has_one_line(serve: Serve, tmp_path: Any) -> None:
     server = serve(LOCAL="1", WORKERS="1").wait()
     before = server.log.read_text()
@@ -156,6 +157,7 @@ def send(server: Server, sent: bytes, *, reset: bool) -> None:
             client.recv(65_536)
 
 
+@pytest.mark.long
 def test_5000_broken_connections_leave_a_line_and_no_traceback(serve: Serve) -> None:
     server = serve(LOCAL="1", WORKERS="1").wait()
     before = server.log.read_text()

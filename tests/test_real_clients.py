@@ -22,6 +22,8 @@ from requests_oauthlib import OAuth2Session as RequestsOAuth2Session
 from support.programs import NODE, needs_node
 from support.servers import Server, access_token, issuer_of, register, running
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
