@@ -189,11 +189,16 @@ def time_machine(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start a real server with the arguments and settings given; it stops after the test."""
+def serve(tmp_path: Path, first_start: Path) -> Iterator[Callable[..., Server]]:
+    """Start a real server with the arguments and settings given; it stops after the test.
+
+    It is its first start where a `program` is named.
+    """
     running: list[Server] = []
 
     def start(*arguments: str, **variables: Any) -> Server:
+        if "program" not in variables and not (tmp_path / "instance").exists():
+            copy_instance(first_start, tmp_path / "instance")
         running.append(Server(tmp_path, *arguments, **variables))
         return running[-1]
 
