@@ -28,14 +28,15 @@ from storage import sqlite
 
 pytestmark = pytest.mark.sqlite
 
-CLIENTS, PAUSE = 4, 0.02  # seconds
+# Far from all that the server can do: other tests run beside these.
+LOAD = {"clients": 4, "pause": 0.03, "sample": 8}
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """One server for all scenes: what one fault leaves broken, the next finds."""
     server = Server(tmp_path_factory.mktemp("stage")).start()
-    yield Stage(server.wait(), CLIENTS, PAUSE)
+    yield Stage(server.wait(), **LOAD)
     server.stop()
 
 
@@ -46,7 +47,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
         with faults.small_disk(folder / "disk") as disk:
             server = Server(folder, disk).start()
-            yield Stage(server.wait(), CLIENTS, PAUSE)
+            yield Stage(server.wait(), **LOAD)
             server.stop()
     except faults.Unavailable as reason:
         pytest.skip(str(reason))

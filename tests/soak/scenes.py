@@ -22,7 +22,6 @@ from load import Load
 from server import Server
 
 DAY = 86_400
-SAMPLE = 20  # agents of earlier scenes that are asked about after each
 
 
 @dataclass
@@ -40,12 +39,14 @@ class Stage:
     """A server on a database, everything it acknowledged, and what must be true after every fault.
 
     :param pause: seconds that each client waits after an answer.
+    :param sample: so many agents of earlier scenes are asked about after each.
     """
 
-    def __init__(self, server: Server, clients: int = 8, pause: float = 0) -> None:
+    def __init__(self, server: Server, clients: int = 8, pause: float = 0, sample: int = 20) -> None:
         self.server = server
         self.clients = clients
         self.pause = pause
+        self.sample = sample
         self.ledger = Ledger(server)
         # Somebody is told of every change, and is never there: the deliverer meets each fault too.
         webhook = {"name": "nobody", "url": "http://127.0.0.1:9/", "events": ["agent.*"]}
@@ -76,9 +77,9 @@ class Stage:
         """Ask about all that the scene acknowledged and some of what was before; look into file and log."""
         audit = Audit(self.ledger, scene.tally)
         agents = self.ledger.agents
-        older = random.sample(agents[: self._older], min(SAMPLE, self._older))
+        older = random.sample(agents[: self._older], min(self.sample, self._older))
         # In the middle of a scene some will do: all come at its end.
-        recent = agents[self._older :] if at_end else agents[-SAMPLE:]
+        recent = agents[self._older :] if at_end else agents[-self.sample :]
         for agent in [*older, *recent]:
             audit.check(agent)
         scene.lost += audit.lost
