@@ -46,7 +46,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 _EXAMPLES["suppress_health_check"] = [HealthCheck.too_slow, HealthCheck.data_too_large]
 hypothesis_settings.register_profile(
-    "short", max_examples=8, stateful_step_count=25, derandomize=True, **_EXAMPLES
+    "short", max_examples=6, stateful_step_count=25, derandomize=True, **_EXAMPLES
 )
 hypothesis_settings.register_profile("long", max_examples=40, stateful_step_count=40, **_EXAMPLES)
 hypothesis_settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -56,8 +56,8 @@ sqlite.RESERVE = 64 * 1024
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: a third of the time goes by waiting for servers and locks."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two processes more than there are cores: a third of the time goes by waiting for servers and locks."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 # What these show does not depend on the database.

@@ -55,6 +55,7 @@ def browser(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[chromium
     browser.close()
 
 
+@pytest.mark.long
 @needs_chromium
 def test_a_request_can_be_tried(server: Server, browser: chromium.Browser) -> None:
     browser.open(f"{server.url}/docs#/agents/create_agent")

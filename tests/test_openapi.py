@@ -355,6 +355,7 @@ def _undocumented_codes(recorder: Any, document: dict[str, Any]) -> Iterator[str
             yield f"{case.method} {case.operation.path}: {answer.status_code} {answer.json()['error']}"
 
 
+@pytest.mark.long
 def test_responses_to_the_operator_match_the_document(server: Server) -> None:
     assert failures(server, lambda: OPERATOR, **{"include-tag": ["me"]}) == []
 
