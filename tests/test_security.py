@@ -146,8 +146,7 @@ def test_a_guesser_is_throttled_by_all_workers_and_after_a_restart(serve: Serve)
         assert ask(server, agent).status_code == 200, "the agent itself gets in, from the same address"
         assert ask(server, agent, address="192.0.2.2").status_code == 200
         told = manage(server, "the-operators-token", path="/api/events?type=auth.failed").json()["events"]
-        assert 1 <= len(told) <= 2 * (time.monotonic() - began + 1)
-        assert len(told) < 10
+        assert 1 <= len(told) <= 4, "each worker has recorded the first failure of each kind"
     server.stop()
     server = serve(**settings).wait()
     assert guess_until_throttled(lambda: ask(server, agent, "a guess")) <= forgiven()
