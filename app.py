@@ -229,7 +229,8 @@ def _assign_request_id() -> None:
     is_good = _REQUEST_ID.fullmatch(given) and not _SECRET.search(given)
     g.returned_id = given if is_good else new_id("req_")
     # The admin token is returned as any other id is, or guesses could be told apart; it is never stored.
-    g.request_id = new_id("req_") if auth.is_admin_token(g.returned_id) else g.returned_id
+    is_secret = is_good and auth.is_admin_token(given)
+    g.request_id = new_id("req_") if is_secret else g.returned_id
 
 
 def _add_headers(response: Response) -> Response:

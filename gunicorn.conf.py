@@ -25,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from config import LOOPBACK_NAMES, SettingError, Settings, ignored_variables
 from ops import log_filters, metrics_files
-from storage.files import describe_error
+from storage.files import describe_error, make_folder
 
 
 def _find_temporary_folder() -> None:
@@ -33,7 +33,7 @@ def _find_temporary_folder() -> None:
     with suppress(FileNotFoundError):
         tempfile.gettempdir()
         return
-    settings.instance.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(settings.instance)
     os.environ["TMPDIR"] = str(settings.instance)
     tempfile.gettempdir()
 
