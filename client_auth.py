@@ -141,12 +141,8 @@ class Client(ClientMixin):
     @property
     def granted_audiences(self) -> list[str]:
         """The audiences that the family was granted, without those that the agent has lost."""
-        return [name for name in self.row.family_audiences if canonical(name) in self.allowed_audiences]
-
-    @property
-    def allowed_audiences(self) -> set[str]:
-        """The canonical spelling of the agent's audiences, and of the server's own."""
-        return allowed_audiences(self.row)
+        allowed = allowed_audiences(self.row)
+        return [name for name in self.row.family_audiences if canonical(name) in allowed]
 
     @cached_property
     def token_lifetime(self) -> int:
@@ -162,7 +158,7 @@ class Client(ClientMixin):
 
 
 def allowed_audiences(agent: Any) -> set[str]:
-    """Return what the agent's tokens may be for, each in its canonical spelling."""
+    """Return the canonical spelling of the agent's audiences, and of the server's own."""
     return {canonical(name) for name in (*agent.audiences, settings().audience)}
 
 

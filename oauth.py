@@ -192,7 +192,7 @@ class ClientCredentialsGrant(grants.ClientCredentialsGrant):
         """Authenticate the client and check scope and audiences (RFC 8707)."""
         super().validate_token_request()
         requested = _requested_audiences(self.request)
-        if not set(map(canonical, requested)) <= self.client.allowed_audiences:
+        if not set(map(canonical, requested)) <= client_auth.allowed_audiences(self.client.row):
             raise OAuth2Error(_BAD_TARGET, error="invalid_target")
         self.client.audiences = requested or [settings().audience]
 
@@ -258,10 +258,9 @@ def _requested_audiences(request: OAuth2Request) -> list[str]:
     asked: dict[str, str] = {}
     for name in request.form.get("resource", ()):
         # The issuer, which identifies this server in RFC 9728, is accepted in place of its audience.
-        is_issuer = canonical(name) == issuer != audience
-        asked.setdefault(
-            audience if is_issuer else canonical(name), settings().audience if is_issuer else name
-        )
+        if canonical(name) == issuer != audience:
+            name = settings().audience
+        asked.setdefault(canonical(name), name)
     return list(asked.values())
 
 
